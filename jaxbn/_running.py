@@ -1,0 +1,52 @@
+"""The running statistics: what inference will use.
+
+Third room of four.
+"""
+
+import jax.numpy as jnp
+from jax import Array
+from jaxtyping import Float, Int
+
+from ._channel_sums import positive
+from ._moments import Moments
+from ._variables import BatchNormState
+
+
+def absorb(
+    state: BatchNormState, batch: Moments, momentum: float | None, unbiased: bool
+) -> BatchNormState:
+    """`state` after one more batch; `batch` and `state` have the features' shape.
+
+        running = keep · running + take · batch
+
+    with keep = momentum and take = 1 - momentum, or the equal-weight average of all
+    batches with keep = count / (count + 1) and take = 1 / (count + 1). A channel
+    whose rows number one or none, or whose moments overflow, stays as it was.
+    """
+    dtype = batch.var.dtype
+    keep, take = _shares(state.count, momentum, dtype)
+    var = batch.var * _bessel(batch.count) if unbiased else batch.var
+    usable = (batch.count > 1) & jnp.isfinite(batch.mean) & jnp.isfinite(var)
+
+    def update(running: Array, new: Array) -> Array:
+        # The state keeps its dtype, so that a scan can carry it.
+        wide = running.astype(new.dtype)
+        return jnp.where(usable, keep * wide + take * new, wide).astype(running.dtype)
+
+    return BatchNormState(
+        mean=update(state.mean, batch.mean),
+        var=update(state.var, var),
+        count=state.count + jnp.any(usable).astype(state.count.dtype),
+    )
+
+
+def _shares(count: Int[Array, ""], momentum: float | None, dtype) -> tuple:
+    if momentum is not None:
+        return momentum, 1 - momentum
+    batches = count.astype(dtype)
+    return batches / (batches + 1), 1 / (batches + 1)
+
+
+def _bessel(count: Float[Array, "..."]) -> Float[Array, "..."]:
+    """N / (n - 1), and anything finite where that says nothing."""
+    return count / positive(count - 1)

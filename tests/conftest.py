@@ -1,0 +1,20 @@
+"""Strict settings for every test: what a careful user might have switched on."""
+
+import jax
+import numpy as np
+import pytest
+
+jax.config.update("jax_num_cpu_devices", 8)
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+@pytest.fixture
+def rng() -> np.random.Generator:
+    return np.random.default_rng(1502_03167)
+
+
+@pytest.fixture
+def x64():
+    with jax.enable_x64(True):
+        yield

@@ -1,0 +1,144 @@
+"""Batch normalization and its gradients in NumPy float64, by the chain rule.
+
+It shares no code with jaxbn, and takes the long way on purpose: the nine steps of
+docs/derivation.md one after the other, the one that is zero among them.
+"""
+
+from typing import Any, NamedTuple
+
+import numpy as np
+
+
+class Case(NamedTuple):
+    """One call of batch_norm with the cotangents of all that it returns."""
+
+    x: np.ndarray
+    scale: np.ndarray
+    bias: np.ndarray
+    mean: np.ndarray
+    var: np.ndarray
+    dy: np.ndarray
+    dmean: np.ndarray
+    dvar: np.ndarray
+    batches: Any = 3
+
+
+class Result(NamedTuple):
+    """What batch_norm returns, and the gradient of everything that goes in.
+
+    `sizes` holds the largest terms of what may cancel to exactly zero: rounding is
+    measured against them.
+    """
+
+    y: np.ndarray
+    mean: np.ndarray
+    var: np.ndarray
+    dx: np.ndarray
+    dscale: np.ndarray
+    dbias: np.ndarray
+    dmean: np.ndarray
+    dvar: np.ndarray
+    sizes: Any = None
+
+
+def random_case(rng, shape, axis=-1, loc=0.7, std=1.9) -> Case:
+    axes = axis if isinstance(axis, tuple) else (axis,)
+    features = tuple(shape[a] for a in axes)
+    return Case(
+        x=loc + std * rng.normal(size=shape),
+        scale=rng.normal(size=features),
+        bias=rng.normal(size=features),
+        mean=rng.normal(size=features),
+        var=rng.uniform(0.5, 2.0, size=features),
+        dy=rng.normal(size=shape),
+        dmean=rng.normal(size=features),
+        dvar=rng.normal(size=features),
+    )
+
+
+def rows_first(x, axis):
+    """x as (rows, *features), the features in the order of `axis`."""
+    axes = axis if isinstance(axis, tuple) else (axis,)
+    moved = np.moveaxis(x, axes, range(-len(axes), 0))
+    return moved.reshape(-1, *moved.shape[x.ndim - len(axes) :])
+
+
+def rows_back(rows, shape, axis):
+    axes = axis if isinstance(axis, tuple) else (axis,)
+    order = [a for a in range(len(shape)) if a not in {b % len(shape) for b in axes}]
+    moved = rows.reshape(*(shape[a] for a in order), *rows.shape[1:])
+    return np.moveaxis(moved, range(-len(axes), 0), axes)
+
+
+def train_step(
+    case, *, axis=-1, momentum=0.99, epsilon=1e-5, unbiased=True, mask=None
+) -> Result:
+    case = Case(*(np.asarray(a, np.float64) for a in case))
+    w = np.ones_like(case.x)
+    if mask is not None:
+        w = np.broadcast_to(np.asarray(mask, np.float64), case.x.shape)
+    x, w, dy = (rows_first(a, axis) for a in (case.x, w, case.dy))
+    n = w.sum(0)
+    some, enough = n > 0, n > 1
+    m = np.where(some, n, 1)
+
+    # Forward, Algorithm 1.
+    mu = np.where(some, (w * x).sum(0) / m, case.mean)
+    sigma2 = np.where(some, (w * (x - mu) ** 2).sum(0) / m, case.var)
+    inv_std = 1 / np.sqrt(sigma2 + epsilon)
+    x_hat = (x - mu) * inv_std
+    y = case.scale * x_hat + case.bias
+    keep = case.batches / (case.batches + 1) if momentum is None else momentum
+    bessel = n / np.where(enough, n - 1, 1) if unbiased else np.ones_like(n)
+    mean = np.where(enough, keep * case.mean + (1 - keep) * mu, case.mean)
+    var = np.where(enough, keep * case.var + (1 - keep) * bessel * sigma2, case.var)
+
+    # Backward, step by step.
+    dx_hat = dy * case.scale  # 1
+    dscale = (dy * x_hat).sum(0)  # 2
+    dbias = dy.sum(0)  # 3
+    dsigma2 = (dx_hat * -0.5 * (x - mu) * inv_std**3).sum(0)  # 4
+    dsigma2_state = np.where(some, 0, dsigma2)
+    dsigma2 = dsigma2 + np.where(enough, (1 - keep) * bessel * case.dvar, 0)
+    dsigma2_dmu = -2 / m * (w * (x - mu)).sum(0)  # 5
+    dx_hat_dmu = -inv_std  # 6
+    dx_hat_dx = inv_std  # 7
+    dmu_dx = np.where(some, w / m, 0)  # 8
+    dsigma2_dx = np.where(some, 2 / m * w * (x - mu), 0)  # 9
+    dmu_y = (dx_hat * dx_hat_dmu).sum(0)
+    dmu = dsigma2 * np.where(some, dsigma2_dmu, 0) + dmu_y
+    dmu = dmu + np.where(enough, (1 - keep) * case.dmean, 0)
+    dx = dx_hat * dx_hat_dx + dmu * dmu_dx + dsigma2 * dsigma2_dx
+
+    return Result(
+        y=rows_back(y, case.x.shape, axis),
+        mean=mean,
+        var=var,
+        dx=rows_back(dx, case.x.shape, axis),
+        dscale=dscale,
+        dbias=dbias,
+        dmean=np.where(enough, keep, 1) * case.dmean + np.where(some, 0, dmu_y),
+        dvar=np.where(enough, keep, 1) * case.dvar + dsigma2_state,
+        sizes={
+            "dx": np.abs(dx_hat * dx_hat_dx).max(initial=0),
+            "dscale": np.abs(dy * x_hat).sum(0).max(initial=0),
+        },
+    )
+
+
+def inference(case, *, axis=-1, epsilon=1e-5) -> Result:
+    case = Case(*(np.asarray(a, np.float64) for a in case))
+    x, dy = rows_first(case.x, axis), rows_first(case.dy, axis)
+    inv_std = 1 / np.sqrt(case.var + epsilon)
+    x_hat = (x - case.mean) * inv_std
+    dx_hat = dy * case.scale
+    return Result(
+        y=rows_back(case.scale * x_hat + case.bias, case.x.shape, axis),
+        mean=case.mean,
+        var=case.var,
+        dx=rows_back(dx_hat * inv_std, case.x.shape, axis),
+        dscale=(dy * x_hat).sum(0),
+        dbias=dy.sum(0),
+        dmean=case.dmean - (dx_hat * inv_std).sum(0),
+        dvar=case.dvar - 0.5 * (dx_hat * (x - case.mean) * inv_std**3).sum(0),
+    )
