@@ -39,8 +39,8 @@ def batch_norm(
     train: bool | Any,  # Any, like Any below: our own error reports what is refused
     *,
     axis: int | Sequence[int] = -1,
-    momentum: float | None = 0.99,
-    epsilon: float = 1e-5,
+    momentum: float | int | None = 0.99,
+    epsilon: float | int = 1e-5,
     unbiased: bool = True,
     mask: ArrayLike | None = None,
     axis_name: str | Sequence[str] | None = None,

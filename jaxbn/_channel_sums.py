@@ -37,7 +37,7 @@ def shifted_sums(
         return shift, row_sum(deviation, axes), row_sum(abs_square(deviation), axes)
     # Selected, not multiplied: padding may hold inf or NaN, and 0 · inf is NaN.
     deviation = jnp.where(weights != 0, deviation, 0)
-    total = row_sum(weights * deviation, axes)
+    total = row_sum(weights.astype(dtype) * deviation, axes)
     return shift, total, row_sum(weights * abs_square(deviation), axes)
 
 
@@ -56,9 +56,10 @@ def _shift(
     """
 
     def mean_of_all(x: Array) -> Array:
-        kept = x if weights is None else jnp.where(weights != 0, x, 0)
-        scaled = kept.astype(dtype) if weights is None else weights * kept.astype(dtype)
-        return row_sum(scaled, axes) / positive(count)
+        wide = x.astype(dtype)
+        if weights is not None:
+            wide = jnp.where(weights != 0, weights.astype(dtype) * wide, 0)
+        return per_row(row_sum(wide, axes), count)
 
     def mean_of_sample(x: Array) -> Array:
         return jnp.mean(_sample(x, axes), axes, dtype, keepdims=True)
@@ -78,13 +79,13 @@ def _sample(x: Array, axes: Axes) -> Array:
     sharding = jax.typeof(x).sharding.spec
     one_in = ROWS_PER_SAMPLE
     for axis in (*axes[1:], *axes[:1]):  # the batch, which is often sharded, comes last
-        if sharding[axis] is None:  # an explicitly sharded axis cannot be sliced
+        if one_in > 1 and sharding[axis] is None:  # JAX will not slice a sharded axis
             length = math.ceil(x.shape[axis] / one_in)
-            one_in = max(1, one_in * length // x.shape[axis])
+            one_in = one_in * length // x.shape[axis]
             x = lax.slice_in_dim(x, 0, length, axis=axis)
     return x
 
 
-def positive(count: Array) -> Array:
-    """`count` where it is positive, else 1: a divisor that harms nobody."""
-    return jnp.where(count > 0, count, 1)
+def per_row(total: Array, count: Array) -> Array:
+    """`total` / `count`; of no rows, `total` as it is, which then is 0."""
+    return total / jnp.where(count > 0, count, 1).astype(total.dtype)

@@ -15,7 +15,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Inexact, Real
 
 from ._axes import Axes
-from ._channel_sums import positive, row_sum, shifted_sums
+from ._channel_sums import per_row, row_sum, shifted_sums
 from ._dtypes import real_dtype
 from ._varying import vary_alike
 
@@ -34,7 +34,7 @@ class Moments(NamedTuple):
     @property
     def var(self) -> Array:
         """The biased variance σ² = m2 / n, and 0 of no rows."""
-        return self.m2 / positive(self.count)
+        return per_row(self.m2, self.count)
 
 
 def moments(
@@ -62,7 +62,7 @@ def _formula(x_wide: Array, x: Array, mask: Array | None, axes: Axes) -> Moments
     count = _count(x, weights, axes, real_dtype(dtype))
     shift, total, squares = shifted_sums(x, weights, count, axes, dtype)
     # With d = x - s:  μ = s + Σwd / n  and  Σw|x-μ|² = Σw|d|² - |Σwd|² / n.
-    offset = total / positive(count)
+    offset = per_row(total, count)
     m2 = squares - jnp.real(total * jnp.conj(offset))
     return Moments(count, shift + offset, _at_least_zero(m2))
 
@@ -103,7 +103,7 @@ def _closed_form_bwd(axes, residuals, cotangents):
     """
     x, mask, count, mean = residuals
     _, dmean, dm2 = cotangents
-    dx = dmean / positive(count) + 2 * dm2 * (x.astype(mean.dtype) - mean)
+    dx = per_row(dmean, count) + 2 * dm2 * (x.astype(mean.dtype) - mean)
     if mask is not None:
         weights = _weights(mask, dx.dtype)
         dx = jnp.where(weights != 0, weights * dx, 0)

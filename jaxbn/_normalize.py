@@ -46,7 +46,9 @@ def normalize(
 def _formula(x, mean, var, scale, bias, epsilon, dtype):
     # x - μ first: x·a - μ·a cancels where |μ| is large beside σ.
     deviation = x.astype(mean.dtype) - mean
-    return (deviation * (_inv_std(var, epsilon) * scale) + bias).astype(dtype)
+    return (
+        deviation * (_inv_std(var, epsilon).astype(scale.dtype) * scale) + bias
+    ).astype(dtype)
 
 
 def _inv_std(var: Array, epsilon: float) -> Array:

@@ -5,9 +5,10 @@ Third room of four.
 
 import jax.numpy as jnp
 from jax import Array
+from jax.typing import DTypeLike
 from jaxtyping import Float, Int
 
-from ._channel_sums import positive
+from ._channel_sums import per_row
 from ._moments import Moments
 from ._variables import BatchNormState
 
@@ -23,15 +24,15 @@ def absorb(
     batches with keep = count / (count + 1) and take = 1 / (count + 1). A channel
     whose rows number one or none, or whose moments overflow, stays as it was.
     """
-    dtype = batch.var.dtype
-    keep, take = _shares(state.count, momentum, dtype)
+    keep, take = _shares(state.count, momentum, batch.var.dtype)
     var = batch.var * _bessel(batch.count) if unbiased else batch.var
     usable = (batch.count > 1) & jnp.isfinite(batch.mean) & jnp.isfinite(var)
 
     def update(running: Array, new: Array) -> Array:
         # The state keeps its dtype, so that a scan can carry it.
-        wide = running.astype(new.dtype)
-        return jnp.where(usable, keep * wide + take * new, wide).astype(running.dtype)
+        old = running.astype(new.dtype)
+        mixed = keep.astype(new.dtype) * old + take.astype(new.dtype) * new
+        return jnp.where(usable, mixed, old).astype(running.dtype)
 
     return BatchNormState(
         mean=update(state.mean, batch.mean),
@@ -40,13 +41,15 @@ def absorb(
     )
 
 
-def _shares(count: Int[Array, ""], momentum: float | None, dtype) -> tuple:
+def _shares(
+    count: Int[Array, ""], momentum: float | None, dtype: DTypeLike
+) -> tuple[Float[Array, ""], Float[Array, ""]]:
     if momentum is not None:
-        return momentum, 1 - momentum
+        return jnp.asarray(momentum, dtype), jnp.asarray(1 - momentum, dtype)
     batches = count.astype(dtype)
     return batches / (batches + 1), 1 / (batches + 1)
 
 
 def _bessel(count: Float[Array, "..."]) -> Float[Array, "..."]:
     """N / (n - 1), and anything finite where that says nothing."""
-    return count / positive(count - 1)
+    return per_row(count, count - 1)

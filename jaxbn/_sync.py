@@ -9,7 +9,7 @@ import numpy as np
 from jax import Array, lax
 from jaxtyping import Int
 
-from ._channel_sums import abs_square, positive
+from ._channel_sums import abs_square, per_row
 from ._checks import refuse_groups
 from ._moments import Moments
 
@@ -30,7 +30,7 @@ def merge(local: Moments, axis_name: AxisName | None, groups: Groups | None) -> 
         return local
     each = _gather(local, axis_name, groups)
     count = jnp.sum(each.count, 0)
-    mean = jnp.sum(each.count * each.mean, 0) / positive(count)
+    mean = per_row(jnp.sum(each.count.astype(each.mean.dtype) * each.mean, 0), count)
     between = each.count * abs_square(each.mean - mean[None])
     return Moments(count, mean, jnp.sum(each.m2 + between, 0))
 

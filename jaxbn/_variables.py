@@ -1,5 +1,6 @@
 """What a layer learns (`BatchNormParams`) and remembers (`BatchNormState`)."""
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax.numpy as jnp
@@ -35,7 +36,7 @@ class BatchNormState(NamedTuple):
 
 
 def init(
-    num_features: int | tuple[int, ...],
+    num_features: int | Sequence[int],
     *,
     param_dtype: DTypeLike = jnp.float32,
     use_scale: bool = True,

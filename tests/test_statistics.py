@@ -1,0 +1,259 @@
+"""Mean, variance and running statistics: values, edges, accuracy."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from helpers import rounded, run
+from oracle import random_case
+
+import jaxbn
+from jaxbn import _channel_sums
+
+C = 3
+
+
+def batches(rng, sizes=(8, 5, 2, 11)):
+    return [(4 + 3 * rng.normal(size=(n, C))).astype(np.float32) for n in sizes]
+
+
+def absorb(xs, **options):
+    params, state = jaxbn.init(C)
+    for x in xs:
+        _, state = jaxbn.batch_norm(params, state, x, train=True, **options)
+    return state
+
+
+def statistics_of(xs, ddof):
+    xs = [np.asarray(x, np.float64) for x in xs]
+    return [x.mean(0) for x in xs], [x.var(0, ddof=ddof) for x in xs]
+
+
+@pytest.mark.parametrize(("unbiased", "ddof"), [(True, 1), (False, 0)])
+def test_momentum_is_what_the_old_statistics_keep(unbiased, ddof, rng):
+    xs = batches(rng)
+    state = absorb(xs, momentum=0.8, unbiased=unbiased)
+    mean, var = np.zeros(C), np.ones(C)
+    for m, v in zip(*statistics_of(xs, ddof), strict=True):
+        mean, var = 0.8 * mean + 0.2 * m, 0.8 * var + 0.2 * v
+    np.testing.assert_allclose(state.mean, mean, rtol=1e-5)
+    np.testing.assert_allclose(state.var, var, rtol=1e-5)
+    assert state.count == len(xs)
+
+
+@pytest.mark.parametrize("number", [1, 2, 100])
+def test_equal_weight_average(number, rng):
+    """momentum=None is Algorithm 2: E[μ_B] and m/(m-1) E[σ²_B]."""
+    xs = batches(rng, sizes=(6,) * number)
+    state = absorb(xs, momentum=None)
+    means, variances = statistics_of(xs, ddof=1)
+    np.testing.assert_allclose(state.mean, np.mean(means, 0), rtol=1e-5)
+    np.testing.assert_allclose(state.var, np.mean(variances, 0), rtol=1e-5)
+    assert state.count == number
+
+
+def test_first_equal_weight_batch_leaves_no_trace_of_the_initial_state(rng):
+    x = 1e-6 * rng.normal(size=(50, C)).astype(np.float32)
+    state = absorb([x], momentum=None)
+    np.testing.assert_allclose(
+        state.var, x.astype(np.float64).var(0, ddof=1), rtol=1e-5
+    )
+
+
+def test_inference_returns_the_state_as_it_came(rng):
+    params, state = jaxbn.init(C)
+    state = absorb(batches(rng))
+    y, same = jaxbn.batch_norm(params, state, batches(rng)[0], train=False)
+    jax.tree.map(np.testing.assert_array_equal, state, same)
+    assert y.shape == (8, C)
+
+
+EMPTY = {
+    "no rows": (np.zeros((0, C), np.float32), None),
+    "all masked": (np.full((4, C), 7, np.float32), np.zeros((4, 1), bool)),
+    "NaN behind the mask": (np.full((4, C), np.nan, np.float32), np.float32(0)),
+}
+
+
+@pytest.mark.parametrize("x_and_mask", EMPTY.values(), ids=EMPTY.keys())
+@pytest.mark.parametrize("momentum", [0.9, None])
+def test_count_0_normalizes_by_the_running_statistics(x_and_mask, momentum, rng):
+    x, mask = x_and_mask
+    state = absorb(batches(rng))
+    params = jaxbn.BatchNormParams(*map(jnp.asarray, rng.normal(size=(2, C))))
+    y, new = jaxbn.batch_norm(params, state, x, True, mask=mask, momentum=momentum)
+    expected, _ = jaxbn.batch_norm(params, state, x, False)
+    np.testing.assert_allclose(y, expected, rtol=1e-6)
+    jax.tree.map(np.testing.assert_array_equal, state, new)
+
+
+@pytest.mark.parametrize("autodiff", ["custom_vjp", "jax"])
+@pytest.mark.parametrize("epsilon", [1e-5, 0.0])
+@pytest.mark.parametrize("rows", [0, 1])
+def test_count_0_and_1_have_finite_gradients(rows, epsilon, autodiff, rng):
+    case = rounded(random_case(rng, (4, C)), "float32")
+    mask = np.arange(4)[:, None] < rows
+    result = run(case, mask=mask, epsilon=epsilon, autodiff=autodiff)
+    for name in result._fields[:8]:
+        assert np.all(np.isfinite(getattr(result, name))), name
+    np.testing.assert_array_equal(result.mean, case.mean)
+    np.testing.assert_array_equal(result.var, case.var)
+
+
+@pytest.mark.parametrize("mask", [None, np.arange(4)[:, None] == 2])
+def test_count_1_gives_the_bias_and_leaves_the_state(mask, rng):
+    x = 1e3 + rng.normal(size=(1 if mask is None else 4, C)).astype(np.float32)
+    state = absorb(batches(rng))
+    params = jaxbn.BatchNormParams(*map(jnp.asarray, rng.normal(size=(2, C))))
+    y, new = jaxbn.batch_norm(params, state, x, True, mask=mask)
+    np.testing.assert_array_equal(y[0 if mask is None else 2], params.bias)
+    jax.tree.map(np.testing.assert_array_equal, state, new)
+
+
+def test_a_masked_channel_stays_while_the_others_learn(rng):
+    x = batches(rng)[0]
+    state = absorb(batches(rng))
+    mask = np.array([[True, False, True]])
+    params, _ = jaxbn.init(C)
+    _, new = jaxbn.batch_norm(params, state, x, True, mask=mask)
+    assert new.count == state.count + 1
+    assert (new.mean[1], new.var[1]) == (state.mean[1], state.var[1])
+    x64 = x.astype(np.float64)
+    want = 0.99 * np.asarray(state.mean) + 0.01 * x64.mean(0)
+    np.testing.assert_allclose(new.mean[::2], want[::2], rtol=1e-6)
+
+
+def test_what_is_masked_may_be_nan_or_inf(rng):
+    x = batches(rng)[0]
+    dirty = np.concatenate([x, [[np.nan] * C, [np.inf] * C]]).astype(np.float32)
+    mask = np.arange(10)[:, None] < 8
+    params, state = jaxbn.init(C)
+    y, new = jaxbn.batch_norm(params, state, dirty, True, mask=mask)
+    clean_y, clean_new = jaxbn.batch_norm(params, state, x, True)
+    np.testing.assert_allclose(y[:8], clean_y, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(new.mean, clean_new.mean, rtol=1e-6)
+    np.testing.assert_allclose(new.var, clean_new.var, rtol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32", "float64"])
+@pytest.mark.parametrize("state_dtype", ["float32", "float64"])
+@pytest.mark.parametrize("momentum", [0.9, None])
+def test_scan_carries_the_state(dtype, state_dtype, momentum, rng, x64):
+    params, state = jaxbn.init(C, param_dtype=state_dtype)
+    xs = jnp.asarray(rng.normal(size=(5, 6, C)), dtype)
+
+    def step(state, x):
+        y, state = jaxbn.batch_norm(params, state, x, True, momentum=momentum)
+        return state, y
+
+    carried, ys = jax.lax.scan(step, state, xs)
+    assert ys.dtype == dtype
+    assert [a.dtype for a in carried] == [state_dtype, state_dtype, "int32"]
+    looped = state
+    for x in xs:
+        _, looped = jaxbn.batch_norm(params, looped, x, True, momentum=momentum)
+    np.testing.assert_allclose(carried.mean, looped.mean, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(carried.var, looped.var, rtol=1e-5)
+    assert carried.count == 5
+
+
+# Accuracy. Every platform's shift is tried here, on CPU.
+
+
+@pytest.fixture(params=["cpu", "default"])
+def platform(request, monkeypatch):
+    """Which branch of `lax.platform_dependent` is taken."""
+    jax.clear_caches()
+    monkeypatch.setattr(
+        _channel_sums.lax,
+        "platform_dependent",
+        lambda *args, **branches: branches[request.param](*args),
+    )
+    yield request.param
+    jax.clear_caches()
+
+
+def batch_statistics(x, **options):
+    """Mean and biased variance of one batch, through the public door."""
+    params, state = jaxbn.init(x.shape[-1])
+    options = {"momentum": 0.0, "unbiased": False, **options}
+    _, new = jaxbn.batch_norm(params, state, x, True, **options)
+    return np.asarray(new.mean, np.float64), np.asarray(new.var, np.float64)
+
+
+OUTLIERS = {
+    "none": lambda x: x,
+    "first row at 0": lambda x: np.concatenate([0 * x[:1], x[1:]]),
+    "first row far": lambda x: np.concatenate([x[:1] + 1e6, x[1:]]),
+    "first 64th far": lambda x: x + 1e5 * (np.arange(len(x)) < len(x) // 64)[:, None],
+    "last row far": lambda x: np.concatenate([x[:-1], x[-1:] - 1e5]),
+}
+
+
+@pytest.mark.parametrize("outlier", OUTLIERS)
+@pytest.mark.parametrize("mean", [0.0, 1e2, 1e4, -1e4])
+@pytest.mark.parametrize("rows", [64, 30_000])
+def test_variance_to_1e_4_where_the_mean_is_1e4_deviations_away(
+    outlier, mean, rows, platform, rng
+):
+    x = OUTLIERS[outlier](mean + rng.normal(size=(rows, 2))).astype(np.float32)
+    _, var = batch_statistics(x)
+    np.testing.assert_allclose(var, x.astype(np.float64).var(0), rtol=1e-4)
+
+
+@pytest.mark.parametrize("mean", [0.0, 1e4])
+@pytest.mark.parametrize("mask", ["ragged", "first half", "weights"])
+def test_masked_variance_is_as_exact(mean, mask, platform, rng):
+    x = (mean + rng.normal(size=(40, 50, 2))).astype(np.float32)
+    x[0] = 0  # masked below
+    w = {
+        "ragged": np.arange(50)[None, :, None] < rng.integers(1, 50, (40, 1, 1)),
+        "first half": np.broadcast_to(np.arange(40)[:, None, None] >= 20, (40, 50, 1)),
+        "weights": rng.uniform(size=(40, 50, 1)),
+    }[mask] * (np.arange(40)[:, None, None] > 0)
+    _, var = batch_statistics(x, mask=w)
+    x64, w = x.astype(np.float64), np.broadcast_to(w, x.shape)
+    mu = (w * x64).sum((0, 1)) / w.sum((0, 1))
+    expected = (w * (x64 - mu) ** 2).sum((0, 1)) / w.sum((0, 1))
+    np.testing.assert_allclose(var, expected, rtol=1e-4)
+
+
+def test_output_at_a_large_mean_has_unit_deviation(platform, rng):
+    """Flax's default formula gives std 319 here."""
+    x = (1e4 + rng.normal(size=(4096, 2))).astype(np.float32)
+    params, state = jaxbn.init(2)
+    y, _ = jaxbn.batch_norm(params, state, x, train=True)
+    np.testing.assert_allclose(np.std(np.asarray(y, np.float64), 0), 1, rtol=1e-3)
+
+
+@pytest.mark.parametrize("value", [0.0, 0.1, 1e4 + 0.1, -3e7, 1e15])
+def test_a_constant_channel_has_no_negative_variance(value, platform):
+    x = np.full((1001, 2), value, np.float32)
+    mean, var = batch_statistics(x)
+    np.testing.assert_allclose(mean, x[0], rtol=1e-7)
+    assert np.all(var >= 0)
+    assert np.all(var <= (1e-7 * abs(value)) ** 2)
+
+
+def test_values_of_1e15_stay_finite_and_right(platform, rng):
+    case = rounded(random_case(rng, (500, C), loc=1e14, std=1e15), "float32")
+    from helpers import assert_close
+    from oracle import train_step
+
+    assert_close(run(case), train_step(case), 2e-5)
+
+
+@pytest.mark.parametrize("autodiff", ["custom_vjp", "jax"])
+@pytest.mark.parametrize("momentum", [0.0, 0.9, 1.0, None])
+def test_no_finite_input_makes_a_nan_in_the_state(momentum, autodiff, platform, rng):
+    largest = np.finfo(np.float32).max
+    x = largest * np.where(rng.random((100, C)) < 0.5, -1, 1).astype(np.float32)
+    params, state = jaxbn.init(C)
+    for batch in (x, np.abs(x), x[:1], x[:0], 1e-45 * np.sign(x), x[:2] / 1e19):
+        batch = batch.astype(np.float32)
+        _, state = jaxbn.batch_norm(
+            params, state, batch, True, momentum=momentum, autodiff=autodiff
+        )
+        assert np.all(np.isfinite(state.mean))
+        assert np.all(np.isfinite(state.var))
+    assert state.count == 2  # the last two: what overflows or says nothing is passed by
