@@ -23,6 +23,7 @@ from ._checks import (
     check_output_dtype,
     check_train,
     check_variables,
+    explain_refused_groups,
 )
 from ._dtypes import widen
 from ._moments import moments
@@ -120,21 +121,22 @@ def batch_norm(
     check_variables(params, state, x, feature_axes)
     check_options(momentum, epsilon, autodiff)
     check_groups(axis_index_groups, axis_name)
-    return _batch_norm(
-        jax.tree.map(jnp.asarray, params),
-        _state_for(x, state),
-        x,
-        None if mask is None else check_mask(mask, x.shape),
-        train=train,
-        feature_axes=feature_axes,
-        momentum=None if momentum is None else float(momentum),
-        epsilon=float(epsilon),
-        unbiased=bool(unbiased),
-        axis_name=_hashable(axis_name),
-        axis_index_groups=_hashable(axis_index_groups),
-        dtype=check_output_dtype(dtype, x.dtype),
-        closed_form=autodiff == "custom_vjp" and not jnp.iscomplexobj(x),
-    )
+    with explain_refused_groups(axis_index_groups):
+        return _batch_norm(
+            jax.tree.map(jnp.asarray, params),
+            _state_for(x, state),
+            x,
+            None if mask is None else check_mask(mask, x.shape),
+            train=train,
+            feature_axes=feature_axes,
+            momentum=None if momentum is None else float(momentum),
+            epsilon=float(epsilon),
+            unbiased=bool(unbiased),
+            axis_name=_hashable(axis_name),
+            axis_index_groups=_hashable(axis_index_groups),
+            dtype=check_output_dtype(dtype, x.dtype),
+            closed_form=autodiff == "custom_vjp" and not jnp.iscomplexobj(x),
+        )
 
 
 @partial(

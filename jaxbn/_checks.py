@@ -4,8 +4,9 @@
 """
 
 import operator
-from collections.abc import Sequence
-from typing import Any, NoReturn
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -178,10 +179,16 @@ def check_output_dtype(dtype: Any, x_dtype: np.dtype) -> np.dtype:
     return dtype
 
 
-def refuse_groups(groups: Any, error: Exception) -> NoReturn:
-    """JAX cannot sum over `groups` in this context."""
-    raise ValueError(
-        f"axis_index_groups={groups} is refused by JAX here: it works under pmap, and "
-        "under shard_map with check_vma=False. Elsewhere split the mapped axis in two "
-        "and pass axis_name the name of the inner one."
-    ) from error
+@contextmanager
+def explain_refused_groups(groups: Any) -> Iterator[None]:
+    """Say what to do where JAX cannot sum over `groups`."""
+    try:
+        yield
+    except NotImplementedError as error:
+        if groups is None:
+            raise
+        raise ValueError(
+            f"axis_index_groups={groups} is refused by JAX here: it works under pmap, "
+            "and under shard_map with check_vma=False. Elsewhere split the mapped axis "
+            "in two and pass axis_name the name of the inner one."
+        ) from error

@@ -10,7 +10,6 @@ from jax import Array, lax
 from jaxtyping import Int
 
 from ._channel_sums import abs_square, per_row
-from ._checks import refuse_groups
 from ._moments import Moments
 
 AxisName = str | tuple[str, ...]
@@ -46,10 +45,7 @@ def _gather(local: Moments, axis_name: AxisName, groups: Groups | None) -> Momen
     slot, slots = _slot(axis_name, groups)
     is_mine = jnp.arange(slots).reshape(slots, *(1,) * mine.ndim) == slot
     table = jnp.where(is_mine, mine[None], 0)
-    try:
-        table = lax.psum(table, axis_name, axis_index_groups=groups)
-    except NotImplementedError as error:
-        refuse_groups(groups, error)
+    table = lax.psum(table, axis_name, axis_index_groups=groups)
     count, mean, m2 = (table[:, i] for i in range(3))
     return Moments(jnp.real(count), mean, jnp.real(m2))
 

@@ -110,6 +110,7 @@ def train_step(
     dmu = dmu + np.where(enough, (1 - keep) * case.dmean, 0)
     dx = dx_hat * dx_hat_dx + dmu * dmu_dx + dsigma2 * dsigma2_dx
 
+    terms = (np.abs(x) + np.abs(mu)) * inv_std  # of x_hat, before they cancel
     return Result(
         y=rows_back(y, case.x.shape, axis),
         mean=mean,
@@ -121,7 +122,8 @@ def train_step(
         dvar=np.where(enough, keep, 1) * case.dvar + dsigma2_state,
         sizes={
             "dx": np.abs(dx_hat * dx_hat_dx).max(initial=0),
-            "dscale": np.abs(dy * x_hat).sum(0).max(initial=0),
+            "dscale": (np.abs(dy) * terms).sum(0).max(initial=0),
+            "y": (np.abs(case.scale) * terms).max(initial=0),
         },
     )
 

@@ -1,0 +1,48 @@
+"""What the package is made of and promises as a whole."""
+
+import subprocess
+import sys
+from importlib.metadata import requires, version
+from types import ModuleType
+
+import pytest
+
+import jaxbn
+
+LIST_IMPORTS = """
+import sys
+before = set(sys.modules)
+import jaxbn{also}
+after = {{name.partition(".")[0] for name in set(sys.modules) - before}}
+print(sorted(after & {{"flax", "optax", "chex", "beartype", "matplotlib"}}))
+"""
+
+
+@pytest.mark.parametrize(("also", "found"), [("", "[]"), (", optax", "['optax']")])
+def test_the_core_imports_neither_flax_nor_optax(also, found):
+    """The second row tests the test: it would see an import."""
+    script = LIST_IMPORTS.format(also=also)
+    run = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True
+    )
+    assert found in run.stdout
+
+
+def test_the_core_requires_jax_and_jaxtyping_only():
+    core = [r for r in requires("jaxbn") or [] if "extra ==" not in r]
+    assert sorted(r.partition(">")[0] for r in core) == ["jax", "jaxtyping"]
+
+
+def test_version():
+    assert jaxbn.__version__ == version("jaxbn")
+
+
+def test_public_names():
+    public = {
+        name
+        for name, value in vars(jaxbn).items()
+        if not name.startswith("_") and not isinstance(value, ModuleType)
+    }
+    assert public == {"BatchNormParams", "BatchNormState", "batch_norm", "init"}
+    for name in public:
+        assert getattr(jaxbn, name).__doc__.strip()

@@ -1,0 +1,91 @@
+"""What must hold for any shape, mask and option; hypothesis looks for exceptions."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from helpers import TOLERANCE, assert_close, rounded, run
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from oracle import random_case, train_step
+
+import jaxbn
+
+OPTIONS = st.fixed_dictionaries(
+    {
+        "momentum": st.sampled_from([None, 0.0, 0.3, 0.99, 1.0]),
+        "unbiased": st.booleans(),
+        "epsilon": st.sampled_from([1e-5, 1e-2, 1.0]),
+    }
+)
+
+
+@st.composite
+def shapes_and_axes(draw):
+    shape = tuple(draw(st.lists(st.integers(1, 5), min_size=1, max_size=5)))
+    ndim = len(shape)
+    axes = draw(st.permutations(range(ndim)))[: draw(st.integers(1, ndim))]
+    axes = tuple(a - ndim if draw(st.booleans()) else a for a in axes)
+    return shape, axes[0] if len(axes) == 1 and draw(st.booleans()) else axes
+
+
+@st.composite
+def masks(draw, shape, rng):
+    kept = [n if draw(st.booleans()) else 1 for n in shape]
+    kept = kept[draw(st.integers(0, len(kept))) :]
+    kind = draw(st.sampled_from(["bool", "int", "float", "sparse"]))
+    weights = {
+        "bool": lambda: rng.random(kept) < 0.5,
+        "int": lambda: rng.integers(0, 4, kept),
+        "float": lambda: rng.uniform(0.1, 3.0, kept),
+        "sparse": lambda: rng.random(kept) < 0.1,
+    }[kind]()
+    return weights
+
+
+@settings(max_examples=25, deadline=None)
+@given(data=st.data(), seed=st.integers(0, 2**32 - 1), options=OPTIONS)
+def test_any_shape_axis_mask_and_option(data, seed, options):
+    rng = np.random.default_rng(seed)
+    shape, axis = data.draw(shapes_and_axes())
+    case = rounded(random_case(rng, shape, axis), "float32")
+    mask = data.draw(st.none() | masks(shape, rng))
+    actual = run(case, axis=axis, mask=mask, **options)
+    expected = train_step(case, axis=axis, mask=mask, **options)
+    assert_close(actual, expected, TOLERANCE["float32"])
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    data=st.data(),
+    shape=st.tuples(st.integers(0, 6), st.integers(1, 3)),
+    momentum=st.sampled_from([None, 0.0, 0.9, 1.0]),
+)
+def test_finite_input_gives_a_finite_state(data, shape, momentum):
+    """Any bits that are a finite float32, the masked and the huge among them."""
+    floats = st.floats(allow_nan=False, allow_infinity=False, width=32)
+    size = shape[0] * shape[1]
+    x = data.draw(st.lists(floats, min_size=size, max_size=size))
+    w = data.draw(st.lists(st.floats(0, 2, width=32), min_size=size, max_size=size))
+    x = jnp.asarray(x, jnp.float32).reshape(shape)
+    mask = data.draw(
+        st.sampled_from([None, jnp.asarray(w, jnp.float32).reshape(shape)])
+    )
+    params, state = jaxbn.init(shape[1])
+    _, new = jaxbn.batch_norm(params, state, x, True, mask=mask, momentum=momentum)
+    assert np.all(np.isfinite(new.mean))
+    assert np.all(np.isfinite(new.var))
+    assert np.all(np.asarray(new.var) >= 0)
+
+
+@settings(max_examples=30, deadline=None)
+@given(seed=st.integers(0, 2**32 - 1), copies=st.integers(1, 4))
+def test_an_integer_weight_counts_a_row_that_often(seed, copies):
+    rng = np.random.default_rng(seed)
+    x = jnp.asarray(rng.normal(size=(5, 2)), jnp.float32)
+    params, state = jaxbn.init(2)
+    weight = np.array([1, 1, copies, 1, 1])[:, None]
+    _, weighted = jaxbn.batch_norm(params, state, x, True, mask=weight, momentum=None)
+    repeated = jnp.repeat(x, weight[:, 0], axis=0)
+    _, plain = jaxbn.batch_norm(params, state, repeated, True, momentum=None)
+    close = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)  # noqa: E731
+    jax.tree.map(close, weighted, plain)

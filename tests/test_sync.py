@@ -1,0 +1,351 @@
+"""Statistics over a mapped axis: N devices equal one device with the whole batch."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from helpers import TOLERANCE, assert_close, rounded
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+from oracle import Result, random_case, train_step
+
+import jaxbn
+
+DEVICES, ROWS, C = 4, 6, 3
+SHAPE = (DEVICES * ROWS, 2, C)
+MASKS = {
+    "none": lambda rng: np.ones((DEVICES * ROWS, 1, 1)),
+    "uneven": lambda rng: rng.random((DEVICES * ROWS, 1, 1)) < 0.6,
+    "one shard empty": lambda rng: np.arange(DEVICES * ROWS)[:, None, None] >= ROWS,
+    "one row left": lambda rng: np.arange(DEVICES * ROWS)[:, None, None] == 7,
+    "all empty": lambda rng: np.zeros((DEVICES * ROWS, 2, 1)),
+    "weights": lambda rng: rng.uniform(0, 3, size=(DEVICES * ROWS, 2, C)),
+}
+
+
+def mesh(*axis_types, sizes=(DEVICES,), names=("data",)):
+    kinds = axis_types or (AxisType.Auto,) * len(sizes)
+    return jax.make_mesh(sizes, names, axis_types=kinds)
+
+
+def loss_terms(arguments, shared, axis_name, autodiff):
+    """This shard's part of a loss, and the new statistics, all of a shard's inputs."""
+    x, dy, mask = arguments
+    scale, bias, mean, var = shared
+    y, new = jaxbn.batch_norm(
+        jaxbn.BatchNormParams(scale, bias),
+        jaxbn.BatchNormState(mean, var, jnp.int32(3)),
+        x,
+        True,
+        mask=mask,
+        axis_name=axis_name,
+        autodiff=autodiff,
+    )
+    return jnp.vdot(dy, y.astype(jnp.float32)), y, new
+
+
+def by_shard_map(check_vma, names=("data",), sizes=(DEVICES,)):
+    axis_name = names[0] if len(names) == 1 else names
+
+    def outside(arguments, shared, dstatistics, autodiff):
+        def part(arguments, shared):
+            loss, y, new = loss_terms(arguments, shared, axis_name, autodiff)
+            return loss[None], y, new
+
+        mapped = jax.shard_map(
+            part,
+            mesh=mesh(sizes=sizes, names=names),
+            in_specs=(P(axis_name), P()),
+            out_specs=(P(axis_name), P(axis_name), P()),
+            check_vma=check_vma,
+        )
+
+        def loss(x, shared):
+            losses, y, new = mapped((x, *arguments[1:]), shared)
+            dmean, dvar = dstatistics
+            return jnp.sum(losses) + dmean @ new.mean + dvar @ new.var, (y, new)
+
+        return jax.value_and_grad(loss, (0, 1), has_aux=True)(arguments[0], shared)
+
+    return outside
+
+
+def by_vmap(arguments, shared, dstatistics, autodiff):
+    split = [a.reshape(DEVICES, -1, *a.shape[1:]) for a in arguments[1:]]
+
+    def loss(x, shared):
+        x = x.reshape(DEVICES, -1, *x.shape[1:])
+        part = lambda arguments: loss_terms(arguments, shared, "data", autodiff)  # noqa: E731
+        losses, y, new = jax.vmap(part, axis_name="data")((x, *split))
+        new = jax.tree.map(lambda a: a[1], new)  # the same on all
+        dmean, dvar = dstatistics
+        total = jnp.sum(losses) + dmean @ new.mean + dvar @ new.var
+        return total, (y.reshape(SHAPE), new)
+
+    return jax.value_and_grad(loss, (0, 1), has_aux=True)(arguments[0], shared)
+
+
+def by_jit():
+    def sharded(arguments, shared, dstatistics, autodiff):
+        where = NamedSharding(mesh(), P("data"))
+        arguments = jax.tree.map(lambda a: jax.device_put(a, where), arguments)
+
+        def loss(x, shared):
+            total, y, new = loss_terms((x, *arguments[1:]), shared, None, autodiff)
+            dmean, dvar = dstatistics
+            return total + dmean @ new.mean + dvar @ new.var, (y, new)
+
+        return jax.value_and_grad(loss, (0, 1), has_aux=True)(arguments[0], shared)
+
+    return sharded
+
+
+WAYS = {
+    "shard_map": by_shard_map(True),
+    "shard_map unchecked": by_shard_map(False),
+    "shard_map two axes": by_shard_map(True, names=("a", "b"), sizes=(2, 2)),
+    "vmap": by_vmap,
+    "jit": by_jit(),
+}
+
+
+def run_sharded(case, way, mask, autodiff="custom_vjp") -> Result:
+    arguments = (case.x, case.dy.astype(np.float32), mask)
+    shared = (case.scale, case.bias, case.mean, case.var)
+    arguments, shared, dstatistics = jax.tree.map(
+        jnp.asarray, (arguments, shared, (case.dmean, case.dvar))
+    )
+    (_, (y, new)), (dx, (dscale, dbias, dmean, dvar)) = jax.jit(way, static_argnums=3)(
+        arguments, shared, dstatistics, autodiff
+    )
+    return Result(y, new.mean, new.var, dx, dscale, dbias, dmean, dvar)
+
+
+@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("way", WAYS)
+def test_n_devices_equal_one(way, mask, rng):
+    case = rounded(random_case(rng, SHAPE), "float32")
+    weights = np.asarray(MASKS[mask](rng), np.float32)
+    weights = np.broadcast_to(weights, (SHAPE[0], 2, weights.shape[2]))
+    actual = run_sharded(case, WAYS[way], weights)
+    assert_close(actual, train_step(case, mask=weights), TOLERANCE["float32"])
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_bfloat16(way, rng):
+    case = rounded(random_case(rng, SHAPE), "bfloat16")
+    mask = MASKS["uneven"](rng)
+    actual = run_sharded(case, WAYS[way], mask)
+    assert_close(actual, train_step(case, mask=mask), TOLERANCE["bfloat16"])
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_plain_autodiff(way, rng):
+    case = rounded(random_case(rng, SHAPE), "float32")
+    mask = MASKS["uneven"](rng)
+    actual = run_sharded(case, WAYS[way], mask, autodiff="jax")
+    assert_close(actual, train_step(case, mask=mask), TOLERANCE["float32"])
+
+
+@pytest.mark.parametrize("shape", [SHAPE, (64, C), (64, 3, 3, C)], ids=str)
+def test_jit_with_explicit_axes(shape, rng):
+    case = rounded(random_case(rng, shape), "float32")
+    where = mesh(AxisType.Explicit)
+    params = jaxbn.BatchNormParams(jnp.asarray(case.scale), jnp.asarray(case.bias))
+    state = jaxbn.BatchNormState(*map(jnp.asarray, (case.mean, case.var, 3)))
+    with jax.set_mesh(where):
+        put = lambda a: jax.device_put(a, NamedSharding(where, P("data")))  # noqa: E731
+        x, dy = put(case.x), put(case.dy)
+
+        @jax.jit
+        def step(params, x):
+            y, vjp, new = jax.vjp(
+                lambda p, x: jaxbn.batch_norm(p, state, x, True),
+                params,
+                x,
+                has_aux=True,
+            )
+            return y, new, vjp(dy)
+
+        y, new, (dparams, dx) = step(params, x)
+    case = case._replace(dmean=0 * case.dmean, dvar=0 * case.dvar)
+    want = train_step(case)
+    gradients = (dx, dparams.scale, dparams.bias, want.dmean, want.dvar)
+    actual = Result(y, new.mean, new.var, *gradients)
+    assert_close(actual, want, TOLERANCE["float32"])
+
+
+@pytest.mark.parametrize("check_vma", [True, False])
+def test_grad_inside_shard_map(check_vma, rng):
+    """Each device differentiates the loss of its own rows.
+
+    dx then is its own loss's alone, without the other devices' share through the
+    statistics, unless JAX adds that: the psum's transpose does. The oracle is plain
+    autodiff of the same program.
+    """
+    case = rounded(random_case(rng, SHAPE), "float32")
+    inputs = tuple(map(jnp.asarray, (case.x, case.dy)))
+    shared = tuple(map(jnp.asarray, (case.scale, case.bias, case.mean, case.var)))
+
+    def gradients(autodiff):
+        def inside(arguments, shared):
+            x, dy = arguments
+
+            def loss(x, shared):
+                loss, _, _ = loss_terms((x, dy, None), shared, "data", autodiff)
+                return loss
+
+            dx, (dscale, dbias, _, _) = jax.grad(loss, (0, 1))(x, shared)
+            if not check_vma:  # where shard_map keeps no account, gradients are local
+                dscale, dbias = jax.lax.psum((dscale, dbias), "data")
+            return dx, dscale, dbias
+
+        mapped = jax.shard_map(
+            inside,
+            mesh=mesh(),
+            in_specs=(P("data"), P()),
+            out_specs=(P("data"), P(), P()),
+            check_vma=check_vma,
+        )
+        return jax.jit(mapped)(inputs, shared)
+
+    case = case._replace(dmean=0 * case.dmean, dvar=0 * case.dvar)
+    want = train_step(case)
+    dx, dscale, dbias = gradients("custom_vjp")
+    np.testing.assert_allclose(dx, want.dx, rtol=0, atol=1e-4)
+    np.testing.assert_allclose(dscale, want.dscale, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(dbias, want.dbias, rtol=1e-4, atol=1e-4)
+    for a, b in zip(gradients("jax"), (dx, dscale, dbias), strict=True):
+        np.testing.assert_allclose(a, b, rtol=0, atol=1e-4)
+
+
+@pytest.mark.filterwarnings("ignore:.*pmap.*:DeprecationWarning")
+def test_pmap(rng):
+    case = rounded(random_case(rng, SHAPE), "float32")
+    mask = np.asarray(MASKS["one shard empty"](rng))
+    shared = tuple(map(jnp.asarray, (case.scale, case.bias, case.mean, case.var)))
+
+    def part(x, dy, mask):
+        def loss(x, shared):
+            loss, y, new = loss_terms((x, dy, mask), shared, "data", "custom_vjp")
+            return loss, (y, new)
+
+        return jax.grad(loss, (0, 1), has_aux=True)(x, shared)
+
+    arrays = [a.reshape(DEVICES, ROWS, *a.shape[1:]) for a in (case.x, case.dy, mask)]
+    mapped = jax.pmap(part, axis_name="data", devices=jax.devices()[:DEVICES])
+    (dx, (dscale, dbias, _, _)), (y, new) = mapped(*arrays)
+    want = train_step(
+        case._replace(dmean=0 * case.dmean, dvar=0 * case.dvar), mask=mask
+    )
+    np.testing.assert_allclose(y.reshape(SHAPE), want.y, rtol=0, atol=1e-4)
+    np.testing.assert_allclose(dx.reshape(SHAPE), want.dx, rtol=0, atol=1e-4)
+    np.testing.assert_allclose(dscale.sum(0), want.dscale, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(dbias.sum(0), want.dbias, rtol=1e-4, atol=1e-4)
+    for device in range(DEVICES):
+        np.testing.assert_allclose(new.mean[device], want.mean, rtol=1e-5)
+        np.testing.assert_allclose(new.var[device], want.var, rtol=1e-5)
+
+
+def test_variance_over_devices_at_a_large_mean(rng):
+    x = jnp.asarray(1e4 + rng.normal(size=(DEVICES, 500, C)), jnp.float32)
+    params, state = jaxbn.init(C)
+
+    def part(x):
+        options = {"momentum": 0.0, "unbiased": False, "axis_name": "data"}
+        return jaxbn.batch_norm(params, state, x, True, **options)[1].var
+
+    var = jax.vmap(part, axis_name="data")(x)[0]
+    expected = np.asarray(x, np.float64).var((0, 1))
+    np.testing.assert_allclose(var, expected, rtol=1e-4)
+
+
+def test_two_shards_with_4_and_1_valid_rows_give_the_true_mean(rng):
+    """flax.linen takes the mean of the two means: google/flax#2417."""
+    x = rng.normal(size=(2, 4, C)).astype(np.float32)
+    mask = np.array([[1, 1, 1, 1], [1, 0, 0, 0]])[..., None]
+    params, state = jaxbn.init(C)
+
+    def part(x, mask):
+        options = {"mask": mask, "axis_name": "data", "momentum": 0.0}
+        return jaxbn.batch_norm(params, state, x, True, **options)[1]
+
+    new = jax.vmap(part, axis_name="data")(x, mask)
+    valid = np.concatenate([x[0], x[1, :1]]).astype(np.float64)
+    np.testing.assert_allclose(new.mean[0], valid.mean(0), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(new.var[0], valid.var(0, ddof=1), rtol=1e-5)
+
+
+def test_the_axis_is_ignored_at_inference(rng):
+    params, state = jaxbn.init(C)
+    x = jnp.asarray(rng.normal(size=(5, C)), jnp.float32)
+    y, _ = jaxbn.batch_norm(params, state, x, False, axis_name="nowhere")
+    np.testing.assert_allclose(y, np.asarray(x) / np.sqrt(1 + 1e-5), rtol=1e-6)
+
+
+GROUPS = [[0, 2], [1, 3]]
+
+
+def grouped(x, axis_index_groups=GROUPS):
+    params, state = jaxbn.init(C)
+    options = {"axis_name": "data", "axis_index_groups": axis_index_groups}
+    y, new = jaxbn.batch_norm(params, state, x, True, momentum=0.0, **options)
+    return y, new.mean
+
+
+@pytest.mark.parametrize("way", ["shard_map", "pmap"])
+@pytest.mark.filterwarnings("ignore:.*pmap.*:DeprecationWarning")
+def test_groups_share_statistics_among_themselves(way, rng):
+    x = jnp.asarray(rng.normal(size=(DEVICES, ROWS, C)), jnp.float32)
+    if way == "pmap":
+        mapped = jax.pmap(grouped, axis_name="data", devices=jax.devices()[:DEVICES])
+    else:
+        specs = {"in_specs": P("data"), "out_specs": P("data"), "check_vma": False}
+        each = lambda x: jax.tree.map(lambda a: a[None], grouped(x[0]))  # noqa: E731
+        mapped = jax.jit(jax.shard_map(each, mesh=mesh(), **specs))
+    y, mean = mapped(x)
+    for group in GROUPS:
+        together = np.asarray(x, np.float64)[group]
+        mu, sigma2 = together.mean((0, 1)), together.var((0, 1))
+        for device in group:
+            np.testing.assert_allclose(mean[device], mu, rtol=1e-4, atol=1e-6)
+            expected = (np.asarray(x[device]) - mu) / np.sqrt(sigma2 + 1e-5)
+            np.testing.assert_allclose(y[device], expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("way", ["vmap", "shard_map checked"])
+def test_groups_where_jax_refuses_them(way):
+    x = jnp.ones((DEVICES, ROWS, C))
+    mapped = jax.vmap(grouped, axis_name="data")
+    if way != "vmap":
+        specs = {"in_specs": P("data"), "out_specs": P("data")}
+        mapped = jax.shard_map(lambda x: grouped(x[0]), mesh=mesh(), **specs)
+    with pytest.raises(ValueError, match=r"refused by JAX here.*split the mapped axis"):
+        mapped(x)
+
+
+def test_one_collective_forward_and_none_of_the_size_of_x(rng):
+    """Counted in the program: a psum of (devices, 3, C), for any batch."""
+    params, state = jaxbn.init(C)
+
+    def forward(x):
+        y, new = jaxbn.batch_norm(params, state, x, True, axis_name="data")
+        return y, new
+
+    mapped = jax.shard_map(
+        forward, mesh=mesh(), in_specs=P("data"), out_specs=(P("data"), P())
+    )
+    text = jax.jit(mapped).lower(jnp.ones(SHAPE)).as_text()
+    assert text.count("stablehlo.all_reduce") == 1
+    assert f"tensor<{DEVICES}x3x1x1x{C}xf32>" in text
+    assert "all_gather" not in text
+
+
+def test_sharded_jit_does_not_gather_x():
+    where = NamedSharding(mesh(), P("data"))
+    x = jax.ShapeDtypeStruct((64, 8, 8, 16), jnp.float32, sharding=where)
+    params, state = jaxbn.init(16)
+    apply = jax.jit(lambda x: jaxbn.batch_norm(params, state, x, True))
+    text = apply.lower(x).compile().as_text()
+    assert "all-gather" not in text
+    assert "all-reduce" in text
