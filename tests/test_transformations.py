@@ -1,5 +1,7 @@
 """Every order of derivative, and every transformation of JAX."""
 
+from typing import Any
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -10,6 +12,7 @@ from jax.test_util import check_grads
 from oracle import random_case, train_step
 
 import jaxbn
+from jaxbn import _batch_norm
 
 MASK = np.array([1, 1, 0, 1, 0.5, 2, 1, 0])[:, None]
 
@@ -244,21 +247,22 @@ def test_a_second_call_does_not_retrace(rng):
 
 def test_eager_calls_share_one_compilation(rng):
     """Equal options given as other kinds (list, NumPy scalar) are the same program."""
-    from jaxbn._batch_norm import _batch_norm
+    jitted: Any = _batch_norm._batch_norm
 
     params, state = jaxbn.init(3)
     x = jnp.asarray(rng.normal(size=(7, 3)), jnp.float32)
-    _batch_norm.clear_cache()
+    jitted.clear_cache()
     jaxbn.batch_norm(params, state, x, True)
     jaxbn.batch_norm(params, state, np.asarray(x), np.bool_(True), axis=[1])
     jaxbn.batch_norm(params, state, x, True, momentum=np.float64(0.99), dtype="float32")
-    assert _batch_norm._cache_size() == 1
+    assert jitted._cache_size() == 1
 
 
 def test_numpy_in_jax_out(rng):
     case = rounded(random_case(rng, (5, 3)), "float32")
-    params = jaxbn.BatchNormParams(case.scale, case.bias)
-    state = jaxbn.BatchNormState(case.mean, case.var, 3)
+    numpy: Any = (case.scale, case.bias, case.mean, case.var, 3)
+    params = jaxbn.BatchNormParams(*numpy[:2])
+    state = jaxbn.BatchNormState(*numpy[2:])
     mask = np.arange(5)[:, None] < 4
     y, new = jaxbn.batch_norm(params, state, case.x, True, mask=mask)
     expected = train_step(case, mask=mask)
@@ -336,7 +340,7 @@ def test_no_conditional_is_left_in_the_program():
     compiled = jax.jit(jaxbn.batch_norm, static_argnums=3).lower(
         *jaxbn.init(64), x, True
     )
-    assert " conditional(" not in compiled.compile().as_text()
+    assert " conditional(" not in str(compiled.compile().as_text())
 
 
 def test_export_to_three_platforms_runs_here(rng):

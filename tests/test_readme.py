@@ -1,0 +1,55 @@
+"""The README says what is so: its example runs, its claims have values."""
+
+import inspect
+import re
+from pathlib import Path
+
+import jax
+import numpy as np
+
+import jaxbn
+
+README = (Path(__file__).parent.parent / "README.md").read_text()
+
+
+def blocks(language):
+    return re.findall(rf"^```{language}\n(.*?)^```", README, re.DOTALL | re.MULTILINE)
+
+
+def test_the_example_learns_its_target():
+    (source,) = blocks("python")
+    assert len([line for line in source.splitlines() if line]) == 12
+    names = {}
+    with jax.numpy_dtype_promotion("standard"):  # optax needs it
+        exec(source, names)
+    np.testing.assert_allclose(names["y"], np.arctanh(0.5), atol=0.02)
+    kept = 1 - 0.99**200
+    np.testing.assert_allclose(names["state"].mean, 100 * kept, rtol=0.01)
+
+
+def test_the_quick_start_is_two_lines():
+    (block,) = blocks("sh")
+    run, test = block.splitlines()
+    assert run == "pip install -e '.[examples]' && python examples/quickstart.py"
+    assert test == "pip install -e '.[test]' && pytest"
+
+
+def test_the_option_table_has_the_defaults():
+    parameters = inspect.signature(jaxbn.batch_norm).parameters
+    rows = dict(re.findall(r"^\| (`[^|]+`) \| (`[^|]+`) \|", README, re.MULTILINE))
+    for names, default in rows.items():
+        for name in re.findall(r"`(\w+)`", names):
+            stated = eval(default.strip("`"))
+            assert parameters[name].default == stated, name
+
+
+def test_against_flax_and_pytorch_in_numbers(rng):
+    """`momentum` and `unbiased` as the table translates them."""
+    x = rng.normal(size=(10, 3)).astype(np.float32)
+    params, state = jaxbn.init(3)
+    _, torch_like = jaxbn.batch_norm(params, state, x, True, momentum=0.9)
+    _, flax_like = jaxbn.batch_norm(params, state, x, True, unbiased=False)
+    variances = [x.astype(np.float64).var(0, ddof=ddof) for ddof in (1, 0)]
+    np.testing.assert_allclose(torch_like.var, 0.9 + 0.1 * variances[0], rtol=1e-5)
+    np.testing.assert_allclose(flax_like.var, 0.99 + 0.01 * variances[1], rtol=1e-5)
+    assert isinstance(torch_like.mean, jax.Array)
