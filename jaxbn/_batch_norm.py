@@ -5,21 +5,22 @@ x → moments → merge → running statistics → normalize → y.
 
 from collections.abc import Sequence
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import Array
+from jax import Array, lax
 from jax.typing import ArrayLike, DTypeLike
 from jaxtyping import Inexact
 
-from ._axes import gather, reduced_axes, spread
+from ._axes import Axes, gather, reduced_axes, spread
 from ._checks import (
+    check_autodiff,
     check_axis,
     check_groups,
     check_input,
     check_mask,
-    check_options,
+    check_numbers,
     check_output_dtype,
     check_train,
     check_variables,
@@ -29,7 +30,7 @@ from ._dtypes import widen
 from ._moments import moments
 from ._normalize import normalize
 from ._running import absorb
-from ._sync import merge
+from ._sync import Groups, merge
 from ._variables import BatchNormParams, BatchNormState
 
 
@@ -40,8 +41,8 @@ def batch_norm(
     train: bool | Any,  # Any, like Any below: our own error reports what is refused
     *,
     axis: int | Sequence[int] = -1,
-    momentum: float | int | None = 0.99,
-    epsilon: float | int = 1e-5,
+    momentum: float | Any | None = 0.99,
+    epsilon: float | Any = 1e-5,
     unbiased: bool = True,
     mask: ArrayLike | None = None,
     axis_name: str | Sequence[str] | None = None,
@@ -62,22 +63,27 @@ def batch_norm(
     - `params`, `state`: from `jaxbn.init`, in the features' shape: `x.shape[axis]`, or
       the lengths of the axes in the order of `axis`.
     - `x`: floating or complex, one axis or more.
-    - `train`: a Python bool, static under `jit`.
+    - `train`: a Python bool, static under `jit`, like all options but `mask`.
     - `axis`: the feature axis or axes, anywhere, negative ones counted from the end.
     - `momentum`: what the running statistics keep at each step, `running = momentum ·
       running + (1 - momentum) · batch`, as in Flax; PyTorch's momentum is 1 - ours.
-      `None`: the average of all batches with equal weight, E[μ_B] and E[σ²_B].
+      `None`: the average of all batches with equal weight, E[μ_B] and E[σ²_B]. The
+      weight is 1 / (`count` + 1) for all channels alike: a channel that was wholly
+      masked in some batch counts that batch as its running statistics.
     - `epsilon`: added to the variance.
     - `unbiased`: the running variance absorbs n/(n-1)·σ² (the paper, PyTorch), else σ²
       (Flax). y always uses σ².
     - `mask`: bool, integer or floating, of any shape that broadcasts to `x`. Its
       values weigh the statistics: 0 leaves a position out, 2 counts it twice, so that
-      n = Σ mask. y is computed at every position. No gradient flows to the mask.
+      n = Σ mask (scale sample weights to an average of about 1: n = 1 says nothing
+      about a variance). y is computed at every position. No gradient flows to the
+      mask. What is masked may be inf or NaN, but not where gradients are wanted.
     - `axis_name`: mapped axis or axes (`shard_map`, `pmap`, `vmap`) over which the
       statistics are those of the whole batch, weighted by count. Ignored with
       `train=False`. `jit` with sharded arrays needs none.
     - `axis_index_groups`: lists of axis indices that share statistics, as in
-      `jax.lax.psum`; the groups partition the axis.
+      `jax.lax.psum`; the groups partition the axis. JAX has them under `pmap` and
+      under `shard_map` with `check_vma=False`.
     - `dtype`: of y; that of `x` unless given.
     - `autodiff`: `"custom_vjp"` differentiates by the closed form and saves only `x`
       and per-channel vectors. Use `"jax"`, the same formula in plain JAX, where a
@@ -85,10 +91,11 @@ def batch_norm(
       always served by it.
 
     **Returns** `(y, new_state)`. Statistics are accumulated in float32 or wider, and
-    the state keeps its dtypes (a real mean becomes complex for complex `x`). A channel
-    with n = 0 takes the running statistics for y; one with n ≤ 1, or whose moments
-    overflow, leaves its running statistics as they were. `count` grows by 1 where any
-    channel absorbed the batch.
+    the state keeps its dtypes; only a real mean becomes complex, by the first complex
+    `x` (to `scan`, start from `init(..., param_dtype=jnp.complex64)`). A channel with
+    n = 0 takes the running statistics for y; one with n ≤ 1, or whose moments the
+    state's dtype cannot hold, leaves its running statistics as they were. `count` grows
+    by 1 where any channel absorbed the batch.
 
     **Raises** `ValueError` for shapes and options, `TypeError` for dtypes and kinds,
     while tracing.
@@ -115,89 +122,78 @@ def batch_norm(
     Array([[-0.707, -0.707],
            [ 0.707,  0.707]], dtype=float32)
     """
-    train = check_train(train)
     x = check_input(x)
     feature_axes = check_axis(axis, x.ndim)
-    check_variables(params, state, x, feature_axes)
-    check_options(momentum, epsilon, autodiff)
-    check_groups(axis_index_groups, axis_name)
+    arrays = check_variables(params, state, x, feature_axes)
+    momentum, epsilon = check_numbers(momentum, epsilon)
+    options = _Options(
+        train=check_train(train),
+        feature_axes=feature_axes,
+        momentum=momentum,
+        epsilon=epsilon,
+        unbiased=bool(unbiased),
+        axis_name=_hashable(axis_name),
+        axis_index_groups=check_groups(_hashable(axis_index_groups), axis_name),
+        dtype=check_output_dtype(dtype, x.dtype),
+        closed_form=check_autodiff(autodiff) and not jnp.iscomplexobj(x),
+    )
+    mask = None if mask is None else lax.stop_gradient(check_mask(mask, x.shape))
     with explain_refused_groups(axis_index_groups):
-        return _batch_norm(
-            jax.tree.map(jnp.asarray, params),
-            _state_for(x, state),
-            x,
-            None if mask is None else check_mask(mask, x.shape),
-            train=train,
-            feature_axes=feature_axes,
-            momentum=None if momentum is None else float(momentum),
-            epsilon=float(epsilon),
-            unbiased=bool(unbiased),
-            axis_name=_hashable(axis_name),
-            axis_index_groups=_hashable(axis_index_groups),
-            dtype=check_output_dtype(dtype, x.dtype),
-            closed_form=autodiff == "custom_vjp" and not jnp.iscomplexobj(x),
-        )
+        y, new_state = _batch_norm(*arrays, x, mask, options)
+    return y, new_state if train else state
 
 
-@partial(
-    jax.jit,
-    inline=True,
-    static_argnames=(
-        "train",
-        "feature_axes",
-        "momentum",
-        "epsilon",
-        "unbiased",
-        "axis_name",
-        "axis_index_groups",
-        "dtype",
-        "closed_form",
-    ),
-)
+class _Options(NamedTuple):
+    """What is static in a call: a change of it is another program."""
+
+    train: bool
+    feature_axes: Axes
+    momentum: float | None
+    epsilon: float
+    unbiased: bool
+    axis_name: Any
+    axis_index_groups: Groups | None
+    dtype: DTypeLike
+    closed_form: bool
+
+
+@partial(jax.jit, inline=True, static_argnames="options")
 def _batch_norm(
     params: BatchNormParams,
     state: BatchNormState,
     x: Array,
     mask: Array | None,
-    *,
-    train: bool,
-    feature_axes: tuple[int, ...],
-    momentum: float | None,
-    epsilon: float,
-    unbiased: bool,
-    axis_name: Any,
-    axis_index_groups: tuple[tuple[int, ...], ...] | None,
-    dtype: Any,
-    closed_form: bool,
+    options: _Options,
 ) -> tuple[Array, BatchNormState]:
-    axes = reduced_axes(feature_axes, x.ndim)
+    """Run the four rooms, with every vector laid out along x's feature axes."""
+    axes = reduced_axes(options.feature_axes, x.ndim)
+    lay_out = partial(spread, feature_axes=options.feature_axes, ndim=x.ndim)
+    running = state._replace(mean=lay_out(state.mean), var=lay_out(state.var))
+    # The gradient leaves through x_wide, so that what moments and normalize each add
+    # to it is rounded to x's dtype once; the values come from x, which is saved.
     x_wide = x.astype(widen(x.dtype, state.mean.dtype))
-    running = state._replace(
-        mean=spread(state.mean, feature_axes, x.ndim),
-        var=spread(state.var, feature_axes, x.ndim),
-    )
     mean, var = running.mean, running.var
-    if train:
-        local = moments(x_wide, x, mask, axes, closed_form=closed_form)
-        batch = merge(local, axis_name, axis_index_groups)
+    if options.train:
+        local = moments(x_wide, x, mask, axes, closed_form=options.closed_form)
+        batch = merge(local, options.axis_name, options.axis_index_groups)
         mean = jnp.where(batch.count > 0, batch.mean, mean.astype(batch.mean.dtype))
         var = jnp.where(batch.count > 0, batch.var, var.astype(batch.var.dtype))
-        running = absorb(running, batch, momentum, unbiased)
+        running = absorb(running, batch, options.momentum, options.unbiased)
+    scale, bias = _affine(params, state.mean)
     y = normalize(
         x_wide,
         x,
         mean,
         var,
-        *(spread(p, feature_axes, x.ndim) for p in _affine(params, state.mean)),
-        epsilon=epsilon,
+        lay_out(scale),
+        lay_out(bias),
+        epsilon=options.epsilon,
         axes=axes,
-        dtype=dtype,
-        closed_form=closed_form,
+        dtype=options.dtype,
+        closed_form=options.closed_form,
     )
-    new_state = running._replace(
-        mean=gather(running.mean, feature_axes), var=gather(running.var, feature_axes)
-    )
-    return y, new_state
+    mean, var = (gather(v, options.feature_axes) for v in (running.mean, running.var))
+    return y, BatchNormState(mean, var, running.count)
 
 
 def _affine(params: BatchNormParams, mean: Array) -> tuple[Array, Array]:
@@ -207,14 +203,6 @@ def _affine(params: BatchNormParams, mean: Array) -> tuple[Array, Array]:
         jnp.ones_like(mean) if scale is None else scale,
         jnp.zeros_like(mean) if bias is None else bias,
     )
-
-
-def _state_for(x: Array, state: BatchNormState) -> BatchNormState:
-    """`state` as arrays; the mean of complex x is complex."""
-    mean, var, count = map(jnp.asarray, state)
-    if jnp.iscomplexobj(x):
-        mean = mean.astype(widen(x.dtype, mean.dtype))
-    return BatchNormState(mean, var, count)
 
 
 def _hashable(names: Any) -> Any:

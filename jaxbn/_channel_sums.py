@@ -2,7 +2,7 @@
 
 What a sum looks like may depend on the platform, and nothing else in jaxbn does. It
 is chosen while lowering (`lax.platform_dependent`), so that ahead-of-time compilation
-and multi-platform export get the right form and carry no conditional.
+and multi-platform export get the right form, and a compiled program no conditional.
 """
 
 import math
@@ -79,7 +79,8 @@ def _sample(x: Array, axes: Axes) -> Array:
     sharding = jax.typeof(x).sharding.spec
     one_in = ROWS_PER_SAMPLE
     for axis in (*axes[1:], *axes[:1]):  # the batch, which is often sharded, comes last
-        if one_in > 1 and sharding[axis] is None:  # JAX will not slice a sharded axis
+        whole = sharding[axis] is not None or not isinstance(x.shape[axis], int)
+        if one_in > 1 and not whole:  # JAX will not slice a sharded or a symbolic axis
             length = math.ceil(x.shape[axis] / one_in)
             one_in = one_in * length // x.shape[axis]
             x = lax.slice_in_dim(x, 0, length, axis=axis)

@@ -12,6 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from ._dtypes import widen
+from ._variables import BatchNormParams, BatchNormState
+
 AUTODIFF = ("custom_vjp", "jax")
 
 
@@ -73,13 +76,19 @@ def check_input(x: Any) -> Array:
 
 def check_axis(axis: Any, ndim: int) -> tuple[int, ...]:
     """The feature axes, non-negative, in the order they were given."""
-    given = axis if isinstance(axis, Sequence) else (axis,)
+    try:
+        given = tuple(map(operator.index, np.atleast_1d(axis)))
+    except TypeError:
+        raise TypeError(
+            f"axis must be an int or a sequence of ints; got {axis!r}. It names the "
+            "feature axes of x: -1 for NHWC, 1 for NCHW."
+        ) from None
     if not given or any(not -ndim <= a < ndim for a in given):
         raise ValueError(
             f"axis must name feature axes of x, from {-ndim} to {ndim - 1}; "
             f"got axis={axis} for x of {ndim} dimensions."
         )
-    axes = tuple(operator.index(a) % ndim for a in given)
+    axes = tuple(a % ndim for a in given)
     if len(set(axes)) < len(axes):
         raise ValueError(
             f"axis must name each feature axis once; got axis={axis}, which is "
@@ -88,34 +97,41 @@ def check_axis(axis: Any, ndim: int) -> tuple[int, ...]:
     return axes
 
 
-def check_variables(params: Any, state: Any, x: Array, axes: tuple[int, ...]) -> None:
-    """Scale, bias, mean and var fit the feature axes of `x`."""
-    for name, value in (
-        ("params.scale", params.scale),
-        ("params.bias", params.bias),
-        ("state.mean", state.mean),
-        ("state.var", state.var),
-    ):
-        if value is not None:
-            _check_features(name, value, x, axes)
+def check_variables(
+    params: BatchNormParams, state: BatchNormState, x: Array, axes: tuple[int, ...]
+) -> tuple[BatchNormParams, BatchNormState]:
+    """`params` and `state` as arrays that fit the feature axes of `x`."""
+    scale, bias = (
+        None if value is None else _check_features(f"params.{name}", value, x, axes)
+        for name, value in params._asdict().items()
+    )
+    mean = _check_features("state.mean", state.mean, x, axes)
+    var = _check_features("state.var", state.var, x, axes)
+    if jnp.iscomplexobj(x):
+        mean = mean.astype(widen(x.dtype, mean.dtype))
+    return (
+        BatchNormParams(scale, bias),
+        BatchNormState(mean, var, jnp.asarray(state.count)),
+    )
 
 
-def _check_features(name: str, value: Any, x: Array, axes: tuple[int, ...]) -> None:
+def _check_features(name: str, value: Any, x: Array, axes: tuple[int, ...]) -> Array:
     shape = tuple(x.shape[a] for a in axes)
-    if jnp.shape(value) != shape:
+    value = jnp.asarray(value)
+    if value.shape != shape:
         raise ValueError(
             f"{name} must have the shape of x's feature axes, {shape} for x {x.shape} "
-            f"with axis={axes}; got {jnp.shape(value)}. Build it with jaxbn.init("
+            f"with axis={axes}; got {value.shape}. Build it with jaxbn.init("
             f"{shape[0] if len(shape) == 1 else shape}), or pass axis= where the "
             "features are elsewhere."
         )
-    dtype = jnp.result_type(value)
     kind = jnp.inexact if jnp.iscomplexobj(x) else jnp.floating
-    if not jnp.issubdtype(dtype, kind):
+    if not jnp.issubdtype(value.dtype, kind):
         raise TypeError(
-            f"{name} must be floating, or complex where x is; got {dtype} for x of "
-            f"{x.dtype}. Cast it first, for instance with .astype(jnp.float32)."
+            f"{name} must be floating, or complex where x is; got {value.dtype} for x "
+            f"of {x.dtype}. Cast it first, for instance with .astype(jnp.float32)."
         )
+    return value
 
 
 def check_mask(mask: Any, shape: tuple[int, ...]) -> Array:
@@ -139,8 +155,10 @@ def check_mask(mask: Any, shape: tuple[int, ...]) -> Array:
     return mask.reshape(padded)
 
 
-def check_options(momentum: Any, epsilon: Any, autodiff: Any) -> None:
-    """Momentum is a fraction or None, epsilon is not negative, autodiff is known."""
+def check_numbers(momentum: Any, epsilon: Any) -> tuple[float | None, float]:
+    """Momentum as a fraction or None, epsilon as a number that is not negative."""
+    momentum = None if momentum is None else _check_number("momentum", momentum)
+    epsilon = _check_number("epsilon", epsilon)
     if momentum is not None and not 0 <= momentum <= 1:
         raise ValueError(
             f"momentum must lie in [0, 1], or be None; got {momentum}. It is the "
@@ -151,19 +169,50 @@ def check_options(momentum: Any, epsilon: Any, autodiff: Any) -> None:
             f"epsilon must not be negative; got {epsilon}. "
             "It is added to the variance: pass a small number such as 1e-5."
         )
+    return momentum, epsilon
+
+
+def _check_number(name: str, value: Any) -> float:
+    try:
+        return float(value)
+    except (TypeError, ValueError):  # a traced value's complaint is a TypeError
+        raise TypeError(
+            f"{name} must be a Python number, known while tracing; got {value!r}. "
+            "Under jit pass it as a static argument."
+        ) from None
+
+
+def check_autodiff(autodiff: Any) -> bool:
+    """Whether the closed form is asked for."""
     if autodiff not in AUTODIFF:
         raise ValueError(
             f"autodiff must be one of {AUTODIFF}; got {autodiff!r}. Use "
             "'jax' for jvp, jacfwd and linearize, 'custom_vjp' for the rest."
         )
+    return autodiff == "custom_vjp"
 
 
-def check_groups(groups: Any, axis_name: Any) -> None:
-    """Groups of an axis need the axis."""
+def check_groups(groups: Any, axis_name: Any) -> Any:
+    """`groups` as they came: groups of an axis need the axis."""
     if groups is not None and axis_name is None:
         raise ValueError(
             f"axis_index_groups needs an axis_name; got groups {groups} without one. "
             "Pass the name of the mapped axis that the groups divide."
+        )
+    return groups
+
+
+def check_partition(groups: Any, size: int) -> None:
+    """`groups` hold each index of an axis of `size` once."""
+    try:
+        indices = sorted(index for group in groups for index in group)
+    except TypeError:
+        indices = None
+    if indices != list(range(size)) or not all(groups):
+        raise ValueError(
+            "axis_index_groups must be lists of axis indices that hold each index of "
+            f"the axis once, here 0 to {size - 1}; got {groups}. For two groups of "
+            "neighbours on 4 devices pass [[0, 1], [2, 3]]."
         )
 
 

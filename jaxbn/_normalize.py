@@ -8,7 +8,7 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
-from jax import Array, lax
+from jax import Array
 from jax.typing import DTypeLike
 from jaxtyping import Float, Inexact
 
@@ -54,7 +54,9 @@ def _formula(x, mean, var, scale, bias, epsilon, dtype):
 def _inv_std(var: Array, epsilon: float) -> Array:
     """(σ² + ε)^(-1/2), and 0 for a constant channel with ε = 0, where y is the bias."""
     variance = var + epsilon
-    return jnp.where(variance > 0, lax.rsqrt(jnp.where(variance > 0, variance, 1)), 0)
+    # Not rsqrt: its derivative has (σ² + ε)^(-3/2), which underflows for σ of 1e15.
+    inv_std = 1 / jnp.sqrt(jnp.where(variance > 0, variance, 1))
+    return jnp.where(variance > 0, inv_std, 0)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(6, 7, 8))

@@ -22,11 +22,16 @@ def absorb(
 
     with keep = momentum and take = 1 - momentum, or the equal-weight average of all
     batches with keep = count / (count + 1) and take = 1 / (count + 1). A channel
-    whose rows number one or none, or whose moments overflow, stays as it was.
+    whose rows number one or none, or whose moments the state's dtype cannot hold,
+    stays as it was.
     """
     keep, take = _shares(state.count, momentum, batch.var.dtype)
     var = batch.var * _bessel(batch.count) if unbiased else batch.var
-    usable = (batch.count > 1) & jnp.isfinite(batch.mean) & jnp.isfinite(var)
+    usable = (
+        (batch.count > 1)
+        & jnp.isfinite(batch.mean.astype(state.mean.dtype))
+        & jnp.isfinite(var.astype(state.var.dtype))
+    )
 
     def update(running: Array, new: Array) -> Array:
         # The state keeps its dtype, so that a scan can carry it.

@@ -10,6 +10,7 @@ from jax import Array, lax
 from jaxtyping import Int
 
 from ._channel_sums import abs_square, per_row
+from ._checks import check_partition
 from ._moments import Moments
 
 AxisName = str | tuple[str, ...]
@@ -59,6 +60,7 @@ def _slot(axis_name: AxisName, groups: Groups | None) -> tuple[Int[Array, ""], i
     index = lax.axis_index(axis_name)
     if groups is None:
         return index, lax.axis_size(axis_name)
+    check_partition(groups, lax.axis_size(axis_name))
     place = np.zeros(lax.axis_size(axis_name), np.int32)
     for group in groups:
         place[list(group)] = np.arange(len(group))

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 import jaxbn
+from jaxbn import _checks
 
 X = jnp.ones((4, 5, 3))
 
@@ -52,11 +53,13 @@ VALUE_ERRORS = {
     "mask shape": ({"mask": np.ones(4)}, r"mask \(4,\) .* mask.reshape\(\(4, 1, 1\)\)"),
     "groups": (
         {"axis_index_groups": [[0]]},
-        r"needs an axis_name; got groups \[\[0\]\]",
+        r"needs an axis_name; got groups \(\(0,\),\)",
     ),
     "scalar": ({"x": jnp.float32(1)}, r"at least one axis.*got shape \(\)"),
 }
 TYPE_ERRORS = {
+    "momentum": ({"momentum": "high"}, r"momentum must be a Python number.*got 'high'"),
+    "epsilon": ({"epsilon": None}, r"epsilon must be a Python number.*got None"),
     "int x": ({"x": jnp.ones((2, 3), jnp.int32)}, r"floating or complex; got int32"),
     "bool x": ({"x": np.ones((2, 3), bool)}, r"got bool .*x.astype\(jnp.float32\)"),
     "int scale": (variables(scale=jnp.ones(3, int)), r"params.scale must be floating"),
@@ -94,6 +97,31 @@ def test_traced_train_says_how_to_mark_it_static():
     assert jax.jit(lambda x, train: call(x, train), static_argnums=1)(X, True)
 
 
+def test_traced_momentum_says_how_to_mark_it_static():
+    with pytest.raises(TypeError, match=r"momentum must be .*pass it as a static arg"):
+        jax.jit(lambda momentum: call(momentum=momentum))(0.9)
+
+
+@pytest.mark.parametrize(
+    "groups", [[[0, 1]], [[0, 1], [1, 2]], [[0, 1, 2, 3], []], [[0, 1, 2, 9]]], ids=str
+)
+def test_groups_that_do_not_partition_the_axis(groups):
+    options = {"axis_name": "data", "axis_index_groups": groups}
+    with pytest.raises(ValueError, match=r"each index of the axis once, here 0 to 3"):
+        jax.vmap(lambda x: call(x, **options), axis_name="data")(X)
+
+
+@pytest.mark.parametrize("axis", [1.5, None, "last", (0, None)])
+def test_axes_that_are_not_integers(axis):
+    with pytest.raises(TypeError, match="an int or a sequence of ints; got"):
+        _checks.check_axis(axis, 3)
+
+
+def test_groups_that_are_not_lists_of_lists():
+    with pytest.raises(ValueError, match=r"lists of axis indices .* got \(0, 1\)"):
+        _checks.check_partition((0, 1), 2)
+
+
 def test_errors_come_while_tracing():
     with pytest.raises(ValueError, match="feature axes"):
         jax.eval_shape(lambda x: call(x, axis=1), X)
@@ -111,7 +139,7 @@ def test_feature_counts_below_1(num_features):
 
 def test_a_feature_count_that_is_not_an_integer():
     with pytest.raises(TypeError, match=r"an int, or a tuple of ints.*got \(2, 2.5\)"):
-        jaxbn._variables.check_num_features((2, 2.5))
+        _checks.check_num_features((2, 2.5))
 
 
 def test_integer_parameters():

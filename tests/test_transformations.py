@@ -17,7 +17,7 @@ from jaxbn import _batch_norm
 MASK = np.array([1, 1, 0, 1, 0.5, 2, 1, 0])[:, None]
 
 
-def loss_of(case, **options):
+def loss_of(case, **options) -> Any:
     """A scalar that depends on all that batch_norm returns, in ways not linear."""
     dy, dmean, dvar = map(jnp.asarray, (case.dy, case.dmean, case.dvar))
 
@@ -139,6 +139,18 @@ def test_complex_input_makes_a_real_mean_complex(rng):
     _, new = jaxbn.batch_norm(params, state, x, True, momentum=0.0)
     assert new.mean.dtype == jnp.complex64
     np.testing.assert_allclose(new.mean, np.asarray(x).mean(0), rtol=1e-5)
+
+
+@pytest.mark.parametrize("autodiff", ["custom_vjp", "jax"])
+def test_no_gradient_flows_to_the_mask(autodiff, small):
+    def loss(mask, x):
+        loss, arguments = loss_of(small, mask=mask, autodiff=autodiff)
+        return loss(*arguments[:4], x)
+
+    mask, x = jnp.asarray(MASK), jnp.asarray(small.x)
+    assert not np.any(jax.grad(loss)(mask, x))
+    second = jax.grad(lambda m: jnp.sum(jax.grad(loss, 1)(m, x) ** 2))
+    assert not np.any(second(mask))
 
 
 # Transformations
@@ -361,6 +373,25 @@ def test_export_to_three_platforms_runs_here(rng):
     np.testing.assert_allclose(y, expected, rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(mean, new.mean, rtol=1e-5)
     np.testing.assert_allclose(var, new.var, rtol=1e-5)
+
+
+@pytest.mark.parametrize("train", [True, False])
+@pytest.mark.parametrize("shape", ["b, 3", "b, h, 4, 3"])
+def test_export_with_a_symbolic_batch(shape, train, rng):
+    params, state = jaxbn.init(3)
+    symbolic = jax.ShapeDtypeStruct(jax.export.symbolic_shape(shape), jnp.float32)
+
+    @jax.jit
+    def value_and_gradient(x):
+        apply = lambda x: jaxbn.batch_norm(params, state, x, train)[0]  # noqa: E731
+        y, vjp = jax.vjp(apply, x)
+        return y, vjp(y**2)[0]
+
+    platforms = ("cpu", "cuda", "tpu")
+    exported = jax.export.export(value_and_gradient, platforms=platforms)(symbolic)
+    x = jnp.asarray(rng.normal(size=(7, 5, 4, 3)[-symbolic.ndim :]), jnp.float32)
+    for actual, expected in zip(exported.call(x), value_and_gradient(x), strict=True):
+        np.testing.assert_allclose(actual, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_disable_jit(rng):
