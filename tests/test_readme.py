@@ -43,6 +43,19 @@ def test_the_option_table_has_the_defaults():
             assert parameters[name].default == stated, name
 
 
+def test_what_the_initial_statistics_weigh_after_100_steps(rng):
+    params, state = jaxbn.init(1)
+    x = rng.normal(size=(8, 1)).astype(np.float32)
+    x = (x - x.mean()) / x.std()  # what the batches add to the mean is 0
+
+    def step(state, _):
+        return jaxbn.batch_norm(params, state, x, True)[1], None
+
+    state = state._replace(mean=state.mean + 1)
+    after, _ = jax.lax.scan(step, state, None, length=100)
+    np.testing.assert_allclose(after.mean, 0.37, atol=0.005)
+
+
 def test_against_flax_and_pytorch_in_numbers(rng):
     """`momentum` and `unbiased` as the table translates them."""
     x = rng.normal(size=(10, 3)).astype(np.float32)
