@@ -124,13 +124,9 @@ def main() -> None:
     """Four runs; a table and a picture of them."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="100 steps instead of 400")
-    parser.add_argument(
-        "--seed", type=int, default=0, help="of split, weights, batches"
-    )
+    parser.add_argument("--seed", type=int, default=0, help="of all that is random")
     here = Path(__file__).parent / "output"
-    parser.add_argument(
-        "--output", type=Path, default=here, help="for picture and table"
-    )
+    parser.add_argument("--output", type=Path, default=here, help="where results go")
     args = parser.parse_args()
     args.output.mkdir(parents=True, exist_ok=True)
     digits, steps = load_digits(args.seed), 100 if args.quick else 400
