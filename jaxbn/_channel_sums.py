@@ -1,9 +1,4 @@
-"""Sums over the rows of each channel: the only passes over x that reduce.
-
-What a sum looks like may depend on the platform, and nothing else in jaxbn does. It
-is chosen while lowering (`lax.platform_dependent`), so that ahead-of-time compilation
-and multi-platform export get the right form, and a compiled program no conditional.
-"""
+"""Sums over the rows of each channel: the only passes over x that reduce."""
 
 import math
 
@@ -13,6 +8,7 @@ from jax import Array, lax
 from jax.typing import DTypeLike
 
 from ._axes import Axes
+from ._dtypes import real_dtype
 
 ROWS_PER_SAMPLE = 64
 
@@ -22,8 +18,26 @@ def row_sum(x: Array, axes: Axes) -> Array:
     return jnp.sum(x, axes, keepdims=True)
 
 
+def abs_square(z: Array) -> Array:
+    """|z|², real also for complex z."""
+    return jnp.real(z * jnp.conj(z))
+
+
+def per_row(total: Array, count: Array) -> Array:
+    """`total` / `count`; of no rows, `total` as it is, which then is 0."""
+    return total / jnp.where(count > 0, count, 1).astype(total.dtype)
+
+
+def count_rows(x: Array, weights: Array | None, axes: Axes, dtype: DTypeLike) -> Array:
+    """N = Σ w of each channel, the number of its rows where there is no mask."""
+    if weights is None:
+        return jnp.full((1,) * x.ndim, math.prod(x.shape[a] for a in axes), dtype)
+    copies = math.prod(x.shape[a] for a in axes if weights.shape[a] == 1)
+    return copies * row_sum(weights, axes)
+
+
 def shifted_sums(
-    x: Array, weights: Array | None, count: Array, axes: Axes, dtype: DTypeLike
+    x: Array, weights: Array | None, axes: Axes, dtype: DTypeLike
 ) -> tuple[Array, Array, Array]:
     """A shift s near the mean, Σ w(x-s) and Σ w|x-s|², of each channel in `dtype`.
 
@@ -31,42 +45,28 @@ def shifted_sums(
     Computing the Sample Variance", 1983); one near the mean keeps Σ|x-s|² from
     cancelling, as Σx² does. So s is a constant to autodiff.
     """
-    shift = lax.stop_gradient(_shift(x, weights, count, axes, dtype))
+    shift = lax.stop_gradient(_shift(x, weights, axes, dtype))
     deviation = x.astype(dtype) - shift
     if weights is None:
         return shift, row_sum(deviation, axes), row_sum(abs_square(deviation), axes)
-    # Selected, not multiplied: padding may hold inf or NaN, and 0 · inf is NaN.
+    # Selected, not only multiplied: padding may hold inf or NaN, and 0 · inf is NaN.
     deviation = jnp.where(weights != 0, deviation, 0)
     total = row_sum(weights.astype(dtype) * deviation, axes)
     return shift, total, row_sum(weights * abs_square(deviation), axes)
 
 
-def abs_square(z: Array) -> Array:
-    """|z|², real also for complex z."""
-    return jnp.real(z * jnp.conj(z))
+def _shift(x: Array, weights: Array | None, axes: Axes, dtype: DTypeLike) -> Array:
+    """The mean of a sample, for the price of a glance, or of all that a mask leaves.
 
-
-def _shift(
-    x: Array, weights: Array | None, count: Array, axes: Axes, dtype: DTypeLike
-) -> Array:
-    """On CPU the mean itself, by a pass of its own: a plain sum is nearly free there.
-
-    GPU and TPU take the mean of a sample instead and so read x once less, except under
-    a mask, which may leave nothing of any sample.
+    A mask may leave nothing of any sample, and so costs another pass over x.
     """
-
-    def mean_of_all(x: Array) -> Array:
-        wide = x.astype(dtype)
-        if weights is not None:
-            wide = jnp.where(weights != 0, weights.astype(dtype) * wide, 0)
-        return per_row(row_sum(wide, axes), count)
-
-    def mean_of_sample(x: Array) -> Array:
-        return jnp.mean(_sample(x, axes), axes, dtype, keepdims=True)
-
-    if weights is not None or x.size == 0:
-        return mean_of_all(x)
-    return lax.platform_dependent(x, cpu=mean_of_all, default=mean_of_sample)
+    if weights is None:
+        x = _sample(x, axes)
+        total = row_sum(x.astype(dtype), axes)
+    else:
+        kept = jnp.where(weights != 0, x.astype(dtype), 0)
+        total = row_sum(weights.astype(dtype) * kept, axes)
+    return per_row(total, count_rows(x, weights, axes, real_dtype(dtype)))
 
 
 def _sample(x: Array, axes: Axes) -> Array:
@@ -82,11 +82,6 @@ def _sample(x: Array, axes: Axes) -> Array:
         whole = sharding[axis] is not None or not isinstance(x.shape[axis], int)
         if one_in > 1 and not whole:  # JAX will not slice a sharded or a symbolic axis
             length = math.ceil(x.shape[axis] / one_in)
-            one_in = one_in * length // x.shape[axis]
+            one_in = one_in * length // max(x.shape[axis], 1)
             x = lax.slice_in_dim(x, 0, length, axis=axis)
     return x
-
-
-def per_row(total: Array, count: Array) -> Array:
-    """`total` / `count`; of no rows, `total` as it is, which then is 0."""
-    return total / jnp.where(count > 0, count, 1).astype(total.dtype)

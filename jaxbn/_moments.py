@@ -4,7 +4,6 @@ First room of four: moments → merge (`_sync`) → running statistics (`_runnin
 normalize (`_normalize`).
 """
 
-import math
 from functools import partial
 from typing import NamedTuple
 
@@ -15,7 +14,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Inexact, Real
 
 from ._axes import Axes
-from ._channel_sums import per_row, row_sum, shifted_sums
+from ._channel_sums import count_rows, per_row, shifted_sums
 from ._dtypes import real_dtype
 from ._varying import vary_alike
 
@@ -59,8 +58,8 @@ def moments(
 def _formula(x_wide: Array, x: Array, mask: Array | None, axes: Axes) -> Moments:
     dtype = x_wide.dtype
     weights = _weights(mask, dtype)
-    count = _count(x, weights, axes, real_dtype(dtype))
-    shift, total, squares = shifted_sums(x, weights, count, axes, dtype)
+    count = count_rows(x, weights, axes, real_dtype(dtype))
+    shift, total, squares = shifted_sums(x, weights, axes, dtype)
     # With d = x - s:  μ = s + Σwd / n  and  Σw|x-μ|² = Σw|d|² - |Σwd|² / n.
     offset = per_row(total, count)
     m2 = squares - jnp.real(total * jnp.conj(offset))
@@ -69,14 +68,6 @@ def _formula(x_wide: Array, x: Array, mask: Array | None, axes: Axes) -> Moments
 
 def _weights(mask: Array | None, dtype: DTypeLike) -> Array | None:
     return None if mask is None else mask.astype(real_dtype(dtype))
-
-
-def _count(x: Array, weights: Array | None, axes: Axes, dtype: DTypeLike) -> Array:
-    """Sum the weights: n = Σ w, the number of rows where there is no mask."""
-    if weights is None:
-        return jnp.full((1,) * x.ndim, math.prod(x.shape[a] for a in axes), dtype)
-    copies = math.prod(x.shape[a] for a in axes if weights.shape[a] == 1)
-    return copies * row_sum(weights, axes)
 
 
 def _at_least_zero(m2: Array) -> Array:

@@ -348,9 +348,10 @@ def test_one_collective_forward_and_none_of_the_size_of_x(rng):
     assert "all_gather" not in text
 
 
-def test_sharded_jit_does_not_gather_x():
+@pytest.mark.parametrize("shape", [(64, 8, 8, 16), (512, 16), (8, 16)], ids=str)
+def test_sharded_jit_does_not_gather_x(shape):
     where = NamedSharding(mesh(), P("data"))
-    x = jax.ShapeDtypeStruct((64, 8, 8, 16), jnp.float32, sharding=where)
+    x = jax.ShapeDtypeStruct(shape, jnp.float32, sharding=where)
     params, state = jaxbn.init(16)
     apply = jax.jit(lambda x: jaxbn.batch_norm(params, state, x, True))
     text = str(apply.lower(x).compile().as_text())
