@@ -56,5 +56,5 @@ def _shares(
 
 
 def _bessel(count: Float[Array, "..."]) -> Float[Array, "..."]:
-    """N / (n - 1), and anything finite where that says nothing."""
+    """Bessel's factor n / (n - 1), and some number where that says nothing."""
     return per_row(count, count - 1)
