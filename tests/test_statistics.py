@@ -226,9 +226,10 @@ def test_a_constant_channel_has_no_negative_variance(value):
 def test_a_constant_channel_gives_the_bias(value, mask, rng):
     """Also where 1/√ε would magnify any error of the mean 316 times."""
     x = np.full((1001, 2), value, np.float32)
-    params = jaxbn.BatchNormParams(*map(jnp.asarray, rng.normal(size=(2, 2))))
-    y, _ = jaxbn.batch_norm(params, jaxbn.init(2)[1], x, True, mask=mask)
-    np.testing.assert_allclose(y, np.broadcast_to(params.bias, y.shape), rtol=1e-6)
+    scale, bias = jnp.asarray(rng.normal(size=(2, 2)))
+    params, state = jaxbn.BatchNormParams(scale, bias), jaxbn.init(2)[1]
+    y, _ = jaxbn.batch_norm(params, state, x, True, mask=mask)
+    np.testing.assert_allclose(y, np.broadcast_to(bias, y.shape), rtol=1e-6)
 
 
 @pytest.mark.parametrize("autodiff", ["custom_vjp", "jax"])
