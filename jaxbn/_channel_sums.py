@@ -29,7 +29,7 @@ def per_row(total: Array, count: Array) -> Array:
 
 
 def count_rows(x: Array, weights: Array | None, axes: Axes, dtype: DTypeLike) -> Array:
-    """N = Σ w of each channel, the number of its rows where there is no mask."""
+    """n = Σ w of each channel, the number of its rows where there is no mask."""
     if weights is None:
         return jnp.full((1,) * x.ndim, math.prod(x.shape[a] for a in axes), dtype)
     copies = math.prod(x.shape[a] for a in axes if weights.shape[a] == 1)

@@ -31,7 +31,7 @@ def normalize(
     dtype: DTypeLike,
     closed_form: bool,
 ) -> Inexact[Array, "*x"]:
-    """Y = (x - μ) / √(σ² + ε) · scale + bias, computed as wide as x_wide, in `dtype`.
+    """y = (x - μ) / √(σ² + ε) · scale + bias, computed as wide as x_wide, in `dtype`.
 
     Everything has x's rank. `x_wide` and `x` as in `moments`.
     """

@@ -16,7 +16,7 @@ from ._variables import BatchNormState
 def absorb(
     state: BatchNormState, batch: Moments, momentum: float | None, unbiased: bool
 ) -> BatchNormState:
-    """`state` after one more batch; `batch` and `state` have the features' shape.
+    """`state` after one more batch; the vectors of both have x's rank.
 
         running = keep · running + take · batch
 
