@@ -1,8 +1,26 @@
-"""Batch normalization for JAX: a pure function with a closed-form backward."""
+"""Batch normalization for JAX: a pure function with a closed-form backward.
+
+`jaxbn.linen` and `jaxbn.nnx` hold the layers for Flax.
+"""
+
+import importlib
+import types
+import typing
 
 from ._batch_norm import batch_norm as batch_norm
 from ._init import init as init
 from ._variables import BatchNormParams as BatchNormParams
 from ._variables import BatchNormState as BatchNormState
 
+if typing.TYPE_CHECKING:
+    from . import linen as linen
+    from . import nnx as nnx
+
 __version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> types.ModuleType:
+    """Import `jaxbn.linen` or `jaxbn.nnx` on first use: the core needs no Flax."""
+    if name in ("linen", "nnx"):
+        return importlib.import_module(f"{__name__}.{name}")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -13,7 +13,7 @@ from jax import Array, lax
 from jax.typing import ArrayLike, DTypeLike
 from jaxtyping import Inexact
 
-from ._axes import Axes, gather, reduced_axes, spread
+from ._axes import gather, reduced_axes, spread
 from ._checks import (
     check_autodiff,
     check_axis,
@@ -26,11 +26,11 @@ from ._checks import (
     check_variables,
     explain_refused_groups,
 )
-from ._dtypes import widen
+from ._dtypes import real_dtype, widen
 from ._moments import moments
 from ._normalize import normalize
 from ._running import absorb
-from ._sync import Groups, merge
+from ._sync import merge
 from ._variables import BatchNormParams, BatchNormState
 
 
@@ -122,39 +122,71 @@ def batch_norm(
     Array([[-0.707, -0.707],
            [ 0.707,  0.707]], dtype=float32)
     """
-    x = check_input(x)
-    feature_axes = check_axis(axis, x.ndim)
-    arrays = check_variables(params, state, x, feature_axes)
-    momentum, epsilon = check_numbers(momentum, epsilon)
-    options = _Options(
-        train=check_train(train),
-        feature_axes=feature_axes,
+    options = Options(
+        train=train,
+        axis=axis,
         momentum=momentum,
         epsilon=epsilon,
-        unbiased=bool(unbiased),
-        axis_name=_hashable(axis_name),
-        axis_index_groups=check_groups(_hashable(axis_index_groups), axis_name),
-        dtype=check_output_dtype(dtype, x.dtype),
-        closed_form=check_autodiff(autodiff) and not jnp.iscomplexobj(x),
+        unbiased=unbiased,
+        axis_name=axis_name,
+        axis_index_groups=axis_index_groups,
+        dtype=dtype,
+        autodiff=autodiff,
     )
-    mask = None if mask is None else lax.stop_gradient(check_mask(mask, x.shape))
-    with explain_refused_groups(axis_index_groups):
-        y, new_state = _batch_norm(*arrays, x, mask, options)
-    return y, new_state if train else state
+    return apply(params, state, x, mask, options)
 
 
-class _Options(NamedTuple):
+class Options(NamedTuple):
     """What is static in a call: a change of it is another program."""
 
-    train: bool
-    feature_axes: Axes
-    momentum: float | None
-    epsilon: float
-    unbiased: bool
+    train: Any
+    axis: Any
+    momentum: Any
+    epsilon: Any
+    unbiased: Any
     axis_name: Any
-    axis_index_groups: Groups | None
-    dtype: DTypeLike
-    closed_form: bool
+    axis_index_groups: Any
+    dtype: Any
+    autodiff: Any = "custom_vjp"
+    # The running statistics absorb a batch whose count is above this. Flax's layers
+    # have 0: they take one row's variance of 0 for what it is.
+    idle_count: int = 1
+
+
+def apply(
+    params: BatchNormParams,
+    state: BatchNormState,
+    x: ArrayLike,
+    mask: ArrayLike | None,
+    options: Options,
+) -> tuple[Array, BatchNormState]:
+    """`batch_norm` by its options: check all that came, then run."""
+    x = check_input(x)
+    options = _checked(options, x)
+    arrays = check_variables(params, state, x, options.axis)
+    mask = None if mask is None else lax.stop_gradient(check_mask(mask, x.shape))
+    with explain_refused_groups(options.axis_index_groups):
+        y, new_state = _batch_norm(*arrays, x, mask, options)
+    return y, new_state if options.train else state
+
+
+def _checked(options: Options, x: Array) -> Options:
+    """The options as the rooms take them, hashable and without a doubt."""
+    momentum, epsilon = check_numbers(options.momentum, options.epsilon)
+    axis_name = _hashable(options.axis_name)
+    groups = check_groups(_hashable(options.axis_index_groups), axis_name)
+    return Options(
+        train=check_train(options.train),
+        axis=check_axis(options.axis, x.ndim),
+        momentum=momentum,
+        epsilon=epsilon,
+        unbiased=bool(options.unbiased),
+        axis_name=axis_name,
+        axis_index_groups=groups,
+        dtype=check_output_dtype(options.dtype, x.dtype),
+        autodiff=check_autodiff(options.autodiff),
+        idle_count=options.idle_count,
+    )
 
 
 @partial(jax.jit, inline=True, static_argnames="options")
@@ -163,22 +195,26 @@ def _batch_norm(
     state: BatchNormState,
     x: Array,
     mask: Array | None,
-    options: _Options,
+    options: Options,
 ) -> tuple[Array, BatchNormState]:
     """Run the four rooms, with every vector laid out along x's feature axes."""
-    axes = reduced_axes(options.feature_axes, x.ndim)
-    lay_out = partial(spread, feature_axes=options.feature_axes, ndim=x.ndim)
+    axes = reduced_axes(options.axis, x.ndim)
+    closed_form = options.autodiff == "custom_vjp" and not jnp.iscomplexobj(x)
+    lay_out = partial(spread, feature_axes=options.axis, ndim=x.ndim)
     running = state._replace(mean=lay_out(state.mean), var=lay_out(state.var))
     # The gradient leaves through x_wide, so that what moments and normalize each add
     # to it is rounded to x's dtype once; the values come from x, which is saved.
-    x_wide = x.astype(widen(x.dtype, state.mean.dtype))
+    wide = widen(x.dtype, state.mean.dtype, real_dtype(options.dtype))
+    x_wide = x.astype(wide)
     mean, var = running.mean, running.var
     if options.train:
-        local = moments(x_wide, x, mask, axes, closed_form=options.closed_form)
+        local = moments(x_wide, x, mask, axes, closed_form=closed_form)
         batch = merge(local, options.axis_name, options.axis_index_groups)
         mean = jnp.where(batch.count > 0, batch.mean, mean.astype(batch.mean.dtype))
         var = jnp.where(batch.count > 0, batch.var, var.astype(batch.var.dtype))
-        running = absorb(running, batch, options.momentum, options.unbiased)
+        running = absorb(
+            running, batch, options.momentum, options.unbiased, options.idle_count
+        )
     scale, bias = _affine(params, state.mean)
     y = normalize(
         x_wide,
@@ -190,9 +226,9 @@ def _batch_norm(
         epsilon=options.epsilon,
         axes=axes,
         dtype=options.dtype,
-        closed_form=options.closed_form,
+        closed_form=closed_form,
     )
-    mean, var = (gather(v, options.feature_axes) for v in (running.mean, running.var))
+    mean, var = (gather(v, options.axis) for v in (running.mean, running.var))
     return y, BatchNormState(mean, var, running.count)
 
 

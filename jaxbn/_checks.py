@@ -182,14 +182,14 @@ def _check_number(name: str, value: Any) -> float:
         ) from None
 
 
-def check_autodiff(autodiff: Any) -> bool:
-    """Whether the closed form is asked for."""
+def check_autodiff(autodiff: Any) -> str:
+    """`autodiff` as one of those there are."""
     if autodiff not in AUTODIFF:
         raise ValueError(
             f"autodiff must be one of {AUTODIFF}; got {autodiff!r}. Use "
             "'jax' for jvp, jacfwd and linearize, 'custom_vjp' for the rest."
         )
-    return autodiff == "custom_vjp"
+    return autodiff
 
 
 def check_groups(groups: Any, axis_name: Any) -> Any:
@@ -226,6 +226,26 @@ def check_output_dtype(dtype: Any, x_dtype: np.dtype) -> np.dtype:
             f"{x_dtype}; got {dtype}. Leave it out to get x's own dtype."
         )
     return dtype
+
+
+def check_running_average(use_running_average: bool | None) -> bool:
+    """The layer's own choice, where the call made none."""
+    if use_running_average is None:
+        raise ValueError(
+            "use_running_average must be given to the layer or to its call; got None "
+            "at both. Pass it to one of them, or call model.train() or model.eval()."
+        )
+    return use_running_average
+
+
+def check_restorable(momentum: float | None, unbiased: bool) -> None:
+    """A layer's options are among Flax's."""
+    if momentum is None or unbiased:
+        raise ValueError(
+            "a layer can become flax.nnx.BatchNorm only with a momentum and without "
+            f"unbiased; got momentum={momentum}, unbiased={unbiased}, which Flax does "
+            "not have. Keep jaxbn.nnx.BatchNorm for this model, or change the layer."
+        )
 
 
 @contextmanager

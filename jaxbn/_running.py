@@ -14,7 +14,11 @@ from ._variables import BatchNormState
 
 
 def absorb(
-    state: BatchNormState, batch: Moments, momentum: float | None, unbiased: bool
+    state: BatchNormState,
+    batch: Moments,
+    momentum: float | None,
+    unbiased: bool,
+    idle_count: int = 1,
 ) -> BatchNormState:
     """`state` after one more batch; the vectors of both have x's rank.
 
@@ -22,13 +26,13 @@ def absorb(
 
     with keep = momentum and take = 1 - momentum, or the equal-weight average of all
     batches with keep = count / (count + 1) and take = 1 / (count + 1). A channel
-    whose rows number one or none, or whose moments the state's dtype cannot hold,
-    stays as it was.
+    whose rows number `idle_count` or fewer, or whose moments the state's dtype cannot
+    hold, stays as it was.
     """
     keep, take = _shares(state.count, momentum, batch.var.dtype)
     var = batch.var * _bessel(batch.count) if unbiased else batch.var
     usable = (
-        (batch.count > 1)
+        (batch.count > idle_count)
         & jnp.isfinite(batch.mean.astype(state.mean.dtype))
         & jnp.isfinite(var.astype(state.var.dtype))
     )
