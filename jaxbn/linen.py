@@ -1,7 +1,7 @@
 """`BatchNorm` for Flax linen: Flax's layer, computed by `jaxbn.batch_norm`."""
 
-from collections.abc import Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import field
 from functools import partial
 from inspect import unwrap
@@ -83,7 +83,8 @@ class BatchNorm(nn.BatchNorm):
         return _call(self, x, use_running_average, mask=mask, unbiased=self.unbiased)
 
 
-def replace_batch_norm() -> AbstractContextManager[None]:
+@contextmanager
+def replace_batch_norm() -> Iterator[None]:
     """Compute every `flax.linen.BatchNorm` with jaxbn: models as they are.
 
     A context manager and a decorator. It acts while a model is traced, so it belongs
@@ -110,7 +111,8 @@ def replace_batch_norm() -> AbstractContextManager[None]:
             return _call(context.module, *args, **kwargs)
         return next_fun(*args, **kwargs)
 
-    return nn.intercept_methods(interceptor)
+    with nn.intercept_methods(interceptor):
+        yield
 
 
 _FLAX_CALL = unwrap(nn.BatchNorm.__call__)

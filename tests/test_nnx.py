@@ -1,0 +1,487 @@
+"""`jaxbn.nnx.BatchNorm`: where Flax's stands, what it adds, and models swapped over."""
+
+import inspect
+import pickle
+from copy import deepcopy
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+from flax_helpers import assert_same, everything, randomize
+from jax import Array
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
+
+import jaxbn
+from jaxbn.nnx import BatchNorm, replace_batch_norm, restore_batch_norm
+
+C = 3
+NORMS = (BatchNorm, nnx.BatchNorm)
+
+
+@pytest.fixture(autouse=True)
+def standard_promotion():
+    """Flax adds bfloat16 to float32 and asks nobody."""
+    with jax.numpy_dtype_promotion("standard"):
+        yield
+
+
+@pytest.fixture
+def x(rng):
+    return jnp.asarray(0.7 + 1.9 * rng.normal(size=(8, C)), jnp.float32)
+
+
+def make(norm: type[nnx.BatchNorm] = BatchNorm, **options) -> Any:
+    """A layer whose variables are as random as those of the same seed."""
+    layer = norm(C, rngs=nnx.Rngs(0), **options)
+    state = nnx.state(layer)
+    nnx.update(layer, randomize(np.random.default_rng(1), state))
+    return layer
+
+
+def stats_of(model):
+    return nnx.to_pure_dict(nnx.state(model, nnx.BatchStat))
+
+
+# Where Flax's layer stands.
+
+
+def test_it_is_a_flax_batch_norm_with_its_arguments_and_defaults():
+    assert issubclass(BatchNorm, nnx.BatchNorm)
+    ours, theirs = (
+        {
+            name: (repr(p.default).partition(" at ")[0], p.kind)
+            for name, p in inspect.signature(norm.__init__).parameters.items()
+        }
+        for norm in NORMS
+    )
+    unbiased = ours.pop("unbiased")
+    assert unbiased == ("False", inspect.Parameter.KEYWORD_ONLY)
+    assert ours == theirs
+
+
+def test_the_same_variables_with_the_same_metadata():
+    options: dict[str, Any] = {
+        "scale_init": nnx.initializers.normal(),
+        "bias_init": nnx.initializers.normal(),
+        "scale_metadata": {"note": "ours"},
+        "bias_metadata": {"note": "theirs"},
+        "param_dtype": jnp.bfloat16,
+    }
+    ours, theirs = (nnx.state(n(C, rngs=nnx.Rngs(1), **options)) for n in NORMS)
+    assert_same(ours, theirs, 0)
+    assert ours["scale"].note == "ours"
+    assert ours["bias"].note == "theirs"
+
+
+def test_the_axis_need_not_exist_at_inference(x):
+    layer = make(axis_name="nowhere", axis_index_groups=[[0], [1]])
+    layer.eval()
+    layer(x)
+    layer.train()
+    with pytest.raises(NameError, match="nowhere"):
+        layer(x)
+
+
+def test_train_eval_and_views_choose_the_mode(x):
+    layer, flax = make(), make(nnx.BatchNorm)
+    for layers in (
+        (layer, flax),
+        [n.eval() or n for n in (layer, flax)],
+        [nnx.view(n, use_running_average=False) for n in (layer, flax)],
+        [n.train() or n for n in (layer, flax)],
+    ):
+        ours, theirs = (n(x) for n in layers)
+        assert_same(ours, theirs, 1e-5)
+        assert_same(stats_of(layer), stats_of(flax), 1e-5)
+    assert_same(layer(x, use_running_average=True), flax(x, True), 1e-5)
+
+
+def test_the_mode_must_be_given(x):
+    with pytest.raises(ValueError, match="use_running_average must be given"):
+        make(use_running_average=None)(x)
+
+
+def test_integers_and_a_single_row_are_taken_as_flax_takes_them(rng):
+    layers = make(momentum=0.8), make(nnx.BatchNorm, momentum=0.8)
+    for rows in (5, 1):
+        x = jnp.asarray(rng.integers(-9, 9, size=(rows, C)))
+        ours, theirs = ((layer(x), stats_of(layer)) for layer in layers)
+        assert_same(ours, theirs, 1e-5)
+
+
+def test_copies_are_layers_of_their_own(x):
+    layer = make()
+    expected = layer(x, use_running_average=True)
+    for copy in (nnx.clone(layer), deepcopy(layer), pickle.loads(pickle.dumps(layer))):
+        assert type(copy) is BatchNorm
+        assert_same(copy(x, use_running_average=True), expected, 0)
+        copy(x)
+    assert_same(layer(x, use_running_average=True), expected, 0)
+
+
+def test_summaries_are_those_of_flax(x):
+    ours, theirs = (nnx.tabulate(make(norm), x) for norm in NORMS)
+    assert ours == theirs
+
+
+class Block(nnx.Module):
+    def __init__(self, norm, rngs: nnx.Rngs, **options):
+        self.norm = norm(C, rngs=rngs, **options)
+        self.dense = nnx.Linear(C, C, rngs=rngs)
+
+    def __call__(self, x):
+        return jnp.tanh(self.dense(self.norm(x)))
+
+
+def mapped(norm, x):
+    @nnx.split_rngs(splits=4)
+    @nnx.vmap
+    def build(rngs):
+        return Block(norm, rngs)
+
+    blocks = build(nnx.Rngs(0))
+    y = nnx.vmap(lambda block, x: block(x))(blocks, x)
+    return y, nnx.state(blocks)
+
+
+def synchronized(norm, x):
+    block = Block(norm, nnx.Rngs(0), axis_name="batch")
+    axes = nnx.StateAxes({...: None})
+    y = nnx.vmap(lambda b, x: b(x), in_axes=(axes, 0), axis_name="batch")(block, x)
+    return y, nnx.state(block)
+
+
+def scanned_layers(norm, x):
+    @nnx.split_rngs(splits=4)
+    @nnx.vmap
+    def build(rngs):
+        return Block(norm, rngs)
+
+    blocks = build(nnx.Rngs(0))
+    y = nnx.scan(lambda x, b: b(x), in_axes=(nnx.Carry, 0), out_axes=nnx.Carry)(
+        x[0], blocks
+    )
+    return y, nnx.state(blocks)
+
+
+def scanned_steps(norm, x):
+    block = Block(norm, nnx.Rngs(0))
+
+    @nnx.scan(in_axes=(nnx.Carry, 0), out_axes=(nnx.Carry, 0))
+    def step(block, x):
+        return block, block(x)
+
+    block, y = step(block, x)
+    return y, nnx.state(block)
+
+
+def rematerialized(norm, x):
+    block = Block(norm, nnx.Rngs(0))
+
+    def loss(block, x):
+        return (nnx.remat(lambda b, x: b(x))(block, x) ** 2).sum()
+
+    return nnx.grad(loss)(block, x[0]), nnx.state(block)
+
+
+def chosen(norm, x):
+    block = Block(norm, nnx.Rngs(0))
+    y = nnx.cond(x.sum() < 1e9, lambda b, x: b(x), lambda b, x: 2 * b(x), block, x[0])
+    return y, nnx.state(block)
+
+
+def trained(norm, x):
+    """Three steps of SGD, jitted as a whole."""
+    block = Block(norm, nnx.Rngs(0))
+    optimizer = nnx.Optimizer(block, optax.sgd(0.1), wrt=nnx.Param)
+
+    @nnx.jit
+    def step(block, optimizer, x):
+        loss, grads = nnx.value_and_grad(lambda b: ((b(x) - 0.3) ** 2).sum())(block)
+        optimizer.update(block, grads)
+        return loss
+
+    losses = [step(block, optimizer, x[i]) for i in range(3)]
+    return jnp.stack(losses), nnx.state(block)
+
+
+@pytest.mark.parametrize(
+    "transform",
+    [
+        mapped,
+        synchronized,
+        scanned_layers,
+        scanned_steps,
+        rematerialized,
+        chosen,
+        trained,
+    ],
+)
+def test_transformations(transform, rng):
+    x = jnp.asarray(rng.normal(size=(4, 8, C)), jnp.float32)
+    ours, theirs = (transform(norm, x) for norm in NORMS)
+    assert_same(ours, theirs, 2e-5)
+
+
+def test_groups_under_pmap_are_those_of_flax(rng):
+    x = jnp.asarray(rng.normal(size=(4, 8, C)), jnp.float32)
+    results = []
+    for norm in NORMS:
+        layer = make(norm, axis_name="i", axis_index_groups=[[0, 1], [2, 3]])
+        graphdef, state = nnx.split(layer)
+
+        def step(state, x, graphdef=graphdef):
+            layer = nnx.merge(graphdef, state)
+            return layer(x), nnx.state(layer)
+
+        step = jax.pmap(step, "i", in_axes=(None, 0), devices=jax.devices()[:4])
+        results.append(step(state, x))
+    ours, theirs = results
+    assert_same(ours, theirs, 1e-5)
+
+
+def test_promote_dtype_is_honoured(x):
+    """It sees what Flax's layer shows it, and decides how x, scale and bias look."""
+    seen = []
+
+    def promote(values, /, *, dtype=None, inexact=True):
+        seen.append([v.dtype for v in values])
+        x, mean, var, scale, bias = values
+        return x.astype(jnp.bfloat16), mean, var, 2 * scale, bias.astype(dtype)
+
+    options = {"promote_dtype": promote, "dtype": jnp.bfloat16}
+    ours, theirs = (make(norm, **options)(x) for norm in NORMS)
+    assert_same(ours, theirs, 3e-2)
+    assert seen == 2 * [5 * [jnp.float32]]
+    assert float(jnp.abs(make(dtype=jnp.bfloat16)(x) - ours).max()) > 0.1
+
+
+# Where Flax is wrong.
+
+
+def test_inference_in_bfloat16_does_not_round_the_statistics(rng):
+    x = jnp.asarray(100.3 + rng.normal(size=(64, C)), jnp.bfloat16)
+    mean, var = np.full(C, 100.3, np.float32), np.full(C, 1.7, np.float32)
+    layer = BatchNorm(C, dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
+    layer.mean[...], layer.var[...] = jnp.asarray(mean), jnp.asarray(var)
+    layer.eval()
+    expected = (np.asarray(x, np.float64) - mean) / np.sqrt(var + 1e-5)
+    y = layer(x)
+    assert y.dtype == jnp.bfloat16
+    np.testing.assert_allclose(np.asarray(y, np.float64), expected, atol=1e-2)
+
+
+def test_a_large_mean(rng):
+    x = (1e4 + rng.normal(size=(4096, C))).astype(np.float32)
+    layer = BatchNorm(C, rngs=nnx.Rngs(0))
+    y = layer(x)
+    np.testing.assert_allclose(y.std(0), 1, rtol=1e-4)
+    expected = 0.99 + 0.01 * x.astype(np.float64).var(0)
+    np.testing.assert_allclose(layer.var[...], expected, rtol=1e-4)
+
+
+def test_masked_statistics_are_weighted_by_count_over_devices(rng):
+    """Two shards with 4 and 1 valid rows, as one batch of 5."""
+    x = jnp.asarray(rng.normal(size=(8, C)), jnp.float32)
+    mask = jnp.array([1, 1, 1, 1, 0, 1, 0, 0], bool)[:, None]
+    graphdef, state = nnx.split(make(axis_name="i"))
+
+    def step(state, x, mask):
+        layer = nnx.merge(graphdef, state)
+        return layer(x, mask=mask), stats_of(layer)
+
+    sharded = jax.shard_map(
+        step,
+        mesh=Mesh(jax.devices()[:2], "i"),
+        in_specs=(P(), P("i"), P("i")),
+        out_specs=(P("i"), P()),
+    )
+    whole = make()
+    expected = whole(x, mask=mask), stats_of(whole)
+    assert_same(sharded(state, x, mask), expected, 1e-5)
+
+
+def test_an_empty_batch_leaves_the_statistics_alone(x):
+    layer = make()
+    before = stats_of(layer)
+    y = layer(x, mask=jnp.zeros((8, 1), bool))
+    assert_same(stats_of(layer), before, 0)
+    assert_same(y, layer(x, use_running_average=True), 1e-6)
+
+
+def test_the_mean_of_complex_input_stays_complex(rng):
+    """Flax's loses its imaginary part."""
+    x = (rng.normal(size=(8, C)) + 1j * rng.normal(size=(8, C))).astype("complex64")
+    layer = BatchNorm(C, momentum=0.0, rngs=nnx.Rngs(0))
+    y = layer(x)
+    np.testing.assert_allclose(layer.mean[...], np.mean(x, 0), atol=1e-6)
+    np.testing.assert_allclose(layer.var[...], np.var(x, 0), rtol=1e-5)
+    expected = (x - np.mean(x, 0)) / np.sqrt(np.var(x, 0) + 1e-5)
+    np.testing.assert_allclose(y, expected, atol=1e-5)
+
+
+# What it adds.
+
+
+def test_unbiased(x):
+    layer = BatchNorm(C, unbiased=True, momentum=0.8, rngs=nnx.Rngs(0))
+    layer(x)
+    expected = 0.8 + 0.2 * np.asarray(x, np.float64).var(0, ddof=1)
+    np.testing.assert_allclose(layer.var[...], expected, rtol=1e-5)
+
+
+def test_momentum_none_weighs_all_batches_alike(rng):
+    xs = rng.normal(size=(5, 8, C)).astype(np.float32)
+    layer = make(momentum=None)
+    layer.count[...] = jnp.int32(0)
+    step = nnx.jit(lambda layer, x: layer(x))
+    for x in xs:
+        step(layer, x)
+    exact = xs.astype(np.float64)
+    np.testing.assert_allclose(layer.mean[...], exact.mean((0, 1)), atol=1e-6)
+    np.testing.assert_allclose(layer.var[...], exact.var(1).mean(0), rtol=1e-5)
+    assert_same(layer.count[...], jnp.int32(5), 0)
+
+
+def test_floats_weigh_and_integers_do_not(rng, x):
+    weights = rng.integers(0, 4, size=(8, 1))
+    repeated = jnp.repeat(x, weights[:, 0], axis=0)
+    for mask, rows in (
+        (weights.astype(np.float32), repeated),
+        (weights, x[weights[:, 0] > 0]),
+    ):
+        masked, unmasked = make(), make()
+        masked(x, mask=jnp.asarray(mask))
+        unmasked(rows)
+        assert_same(stats_of(masked), stats_of(unmasked), 1e-5)
+
+
+def test_no_gradient_flows_into_the_statistics_as_in_flax(x):
+    def loss(layer):
+        layer(x)
+        return layer.mean[...].sum() + layer.var[...].sum()
+
+    ours, theirs = (nnx.grad(loss)(make(norm)) for norm in NORMS)
+    assert_same(ours, theirs, 0)
+
+
+# Models swapped over and back.
+
+
+class Scaled(nnx.BatchNorm):
+    """Somebody's own layer, on top of Flax's."""
+
+
+class Model(nnx.Module):
+    def __init__(self, rngs: nnx.Rngs):
+        def norm():
+            return nnx.BatchNorm(C, momentum=0.8, rngs=rngs)
+
+        self.first = norm()
+        self.listed = nnx.List([norm(), nnx.Linear(C, C, rngs=rngs)])
+        self.named = nnx.Dict(a=norm(), b=nnx.Dict(c=norm()))
+        self.rest = nnx.Sequential(nnx.Linear(C, C, rngs=rngs), norm())
+        self.own = Scaled(C, rngs=rngs)
+        self.shared = self.first
+
+    def __call__(self, x) -> Array:
+        named: Any = self.named
+        layers: Any = (self.first, *self.listed, named.a, named.b.c, self.rest)
+        for layer in (*layers, self.own, self.shared):
+            x = layer(x)
+        return x
+
+
+def model() -> Any:
+    return Model(nnx.Rngs(0))
+
+
+def run(model, x):
+    graphdef, *state = nnx.split(model, nnx.Param, ...)
+
+    def step(params, rest, x):
+        model = nnx.merge(graphdef, params, rest)
+        return model(x), nnx.state(model, nnx.BatchStat)
+
+    return everything(step, *state, x)
+
+
+def test_replaced_layers_compute_as_ours_and_restored_ones_as_flax(x):
+    swapped, flax = model(), model()
+    replaced = replace_batch_norm(swapped)
+    assert_same(run(replaced, x)[0], run(flax, x)[0], 1e-4)
+    far = x + 1e4
+    np.testing.assert_allclose(swapped.first(far).std(0), 1, rtol=1e-4)
+    with pytest.raises(AssertionError):
+        assert_same(flax.first(far), swapped.first(far), 1e-1)
+    restored = restore_batch_norm(swapped)
+    nnx.update(restored, nnx.state(flax))
+    assert_same(run(restored, x), run(flax, x), 0)
+    assert nnx.graphdef(restored) == nnx.graphdef(flax)
+
+
+def test_layers_and_variables_stay_the_objects_they_are(x):
+    before = model()
+    layers = [node for _, node in nnx.iter_graph(before)]
+    assert replace_batch_norm(before) is before
+    after = [node for _, node in nnx.iter_graph(before)]
+    kept = (nnx.Module, nnx.Variable)
+    assert [id(n) for n in after if isinstance(n, kept)] == [
+        id(n) for n in layers if isinstance(n, kept)
+    ]
+    named: Any = before.named
+    places = (before.first, before.listed[0], named.a, named.b.c, before.rest.layers[1])
+    assert {type(layer) for layer in places} == {BatchNorm}
+    assert before.shared is before.first
+    assert type(before.own) is Scaled
+
+
+def test_a_replaced_layer_is_one_built_as_ours():
+    replaced = replace_batch_norm(nnx.BatchNorm(C, momentum=0.8, rngs=nnx.Rngs(0)))
+    ours = BatchNorm(C, momentum=0.8, rngs=nnx.Rngs(0))
+    assert nnx.graphdef(replaced) == nnx.graphdef(ours)
+    assert replace_batch_norm(ours) is ours
+
+
+def test_lists_and_dicts_of_models():
+    models = {"a": [model(), model()], "b": model()}
+    replace_batch_norm(models)
+    assert {type(m.first) for m in (*models["a"], models["b"])} == {BatchNorm}
+    restore_batch_norm(models)
+    assert {type(m.first) for m in (*models["a"], models["b"])} == {nnx.BatchNorm}
+
+
+def test_a_compiled_function_and_an_optimizer_go_on(x):
+    trained_model = model()
+    optimizer = nnx.Optimizer(trained_model, optax.sgd(0.1), wrt=nnx.Param)
+
+    @nnx.jit
+    def step(model, optimizer, x):
+        grads = nnx.grad(lambda model: ((model(x) - 0.3) ** 2).sum())(model)
+        optimizer.update(model, grads)
+        return model.first(1e4 + x, use_running_average=False).std()
+
+    stds = [step(trained_model, optimizer, x)]
+    replace_batch_norm(trained_model)
+    stds.append(step(trained_model, optimizer, x))
+    assert abs(stds[0] - 1) > 0.1  # Flax's variance cancelled
+    scale = trained_model.first.scale[...]
+    expected = np.sqrt(np.mean(np.asarray(scale) ** 2))
+    np.testing.assert_allclose(stds[1], expected, rtol=0.1)
+
+
+@pytest.mark.parametrize("options", [{"momentum": None}, {"unbiased": True}])
+def test_what_flax_does_not_have_is_not_restored(options):
+    layers = [BatchNorm(C, rngs=nnx.Rngs(0)), make(**options)]
+    with pytest.raises(ValueError, match=r"can become flax\.nnx\.BatchNorm only"):
+        restore_batch_norm(layers)
+    assert {type(layer) for layer in layers} == {BatchNorm}
+
+
+def test_importing_the_package_is_enough():
+    assert jaxbn.nnx.BatchNorm is BatchNorm
