@@ -167,9 +167,7 @@ def replace_batch_norm(model: Model) -> Model:
     True
     """
     for layer in _layers(model, nnx.BatchNorm):
-        # The class alone changes: a new layer would have to be found a place in every
-        # list, dict and attribute that holds the old one.
-        layer.__class__ = BatchNorm
+        _set_class(layer, BatchNorm)
         layer.unbiased = False
     return model
 
@@ -193,8 +191,16 @@ def restore_batch_norm(model: Model) -> Model:
         check_restorable(layer.momentum, layer.unbiased)
     for layer in layers:
         del layer.unbiased
-        layer.__class__ = nnx.BatchNorm
+        _set_class(layer, nnx.BatchNorm)
     return model
+
+
+def _set_class(layer: Any, kind: type) -> None:
+    """Change a layer's class alone, so that all who hold the layer hold the new one.
+
+    Past nnx's own `__setattr__`, which in Flax 0.12.8 notes the class as an attribute.
+    """
+    object.__setattr__(layer, "__class__", kind)
 
 
 def _layers(model: Any, kind: type) -> list[Any]:
