@@ -9,6 +9,7 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array, lax
 from jax.typing import ArrayLike, DTypeLike
 from jaxtyping import Inexact
@@ -242,7 +243,8 @@ def _affine(params: BatchNormParams, mean: Array) -> tuple[Array, Array]:
 
 
 def _hashable(names: Any) -> Any:
-    """Lists as tuples, so that jit can take them as static arguments."""
+    """Lists and arrays as tuples, so that jit can take them as static arguments."""
+    names = names.tolist() if isinstance(names, np.ndarray) else names
     if isinstance(names, Sequence) and not isinstance(names, str):
         return tuple(map(_hashable, names))
     return names

@@ -238,13 +238,22 @@ def check_running_average(use_running_average: bool | None) -> bool:
     return use_running_average
 
 
-def check_restorable(momentum: float | None, unbiased: bool) -> None:
-    """A layer's options are among Flax's."""
-    if momentum is None or unbiased:
+def check_counted(momentum: float | None, counted: bool) -> None:
+    """A layer that averages with equal weights counts its batches."""
+    if momentum is None and not counted:
         raise ValueError(
-            "a layer can become flax.nnx.BatchNorm only with a momentum and without "
-            f"unbiased; got momentum={momentum}, unbiased={unbiased}, which Flax does "
-            "not have. Keep jaxbn.nnx.BatchNorm for this model, or change the layer."
+            "momentum=None needs the layer's count of batches; got a layer without "
+            "one. Build it with momentum=None, rather than change it afterwards."
+        )
+
+
+def check_restorable(momentum: float | None, unbiased: bool, counted: bool) -> None:
+    """A layer's options and variables are among Flax's."""
+    if momentum is None or unbiased or counted:
+        raise ValueError(
+            "a layer can become flax.nnx.BatchNorm only with a momentum, no count of "
+            f"batches and no unbiased; got momentum={momentum}, count={counted}, "
+            f"unbiased={unbiased}. Keep jaxbn.nnx.BatchNorm for this model."
         )
 
 

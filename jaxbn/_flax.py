@@ -49,11 +49,18 @@ def normalize_with(
     *,
     train: bool,
     mask: ArrayLike | None,
-    unbiased: bool,
     axis_name: str | Sequence[str] | None,
     dtype: DTypeLike,
+    unbiased: bool,
+    autodiff: str,
 ) -> tuple[Array, BatchNormState]:
-    """`batch_norm`, with the options that linen's and nnx's layers name alike."""
+    """`batch_norm`, with the options that linen's and nnx's layers name alike.
+
+    What has no meaning where it stands is dropped, as Flax drops it: mask, axis and
+    groups at inference, and groups without an axis.
+    """
+    if not train:
+        mask = axis_name = None
     options = Options(
         train=train,
         axis=ascending_axes(layer.axis, x.ndim),
@@ -61,9 +68,9 @@ def normalize_with(
         epsilon=layer.epsilon,
         unbiased=unbiased,
         axis_name=axis_name,
-        # Without an axis there is nothing to group, and Flax says nothing.
         axis_index_groups=None if axis_name is None else layer.axis_index_groups,
         dtype=dtype,
+        autodiff=autodiff,
         # One row has a variance, of 0, where it need not be unbiased.
         idle_count=1 if unbiased else 0,
     )

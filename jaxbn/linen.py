@@ -33,9 +33,12 @@ class BatchNorm(nn.BatchNorm):
 
     - `momentum`: may be `None`: the running statistics are then the average of all
       batches with equal weight, and `batch_stats` holds a `count` of them beside
-      `mean` and `var`.
+      `mean` and `var`. Variables without one count as no batch: the first replaces
+      them. `momentum` and `epsilon` are Python numbers, never traced.
     - `unbiased`: the running variance absorbs n/(n-1)·σ², as in the paper and PyTorch.
       Keyword only; `False`, as in Flax, unless given.
+    - `autodiff`: `"jax"` is for forward mode (`jax.jvp`, `jax.jacfwd`), which the
+      closed form of the backward, `"custom_vjp"`, refuses. Keyword only.
     - `use_fast_variance`: accepted, and without effect: the variance is the stable one.
     - `force_float32_reductions`: `False` stores the statistics in `param_dtype`, as in
       Flax; sums are in float32 or wider either way.
@@ -70,6 +73,7 @@ class BatchNorm(nn.BatchNorm):
     axis: int | Sequence[int] = -1  # pyright: ignore[reportIncompatibleVariableOverride]
     momentum: float | None = 0.99  # pyright: ignore[reportIncompatibleVariableOverride]
     unbiased: bool = field(default=False, kw_only=True)
+    autodiff: str = field(default="custom_vjp", kw_only=True)
 
     @nn.compact
     def __call__(
@@ -80,17 +84,28 @@ class BatchNorm(nn.BatchNorm):
         mask: ArrayLike | None = None,
     ) -> jax.Array:
         """Normalize `x`; the arguments are explained at the class."""
-        return _call(self, x, use_running_average, mask=mask, unbiased=self.unbiased)
+        return _call(
+            self,
+            x,
+            use_running_average,
+            mask=mask,
+            unbiased=self.unbiased,
+            autodiff=self.autodiff,
+        )
 
 
 @contextmanager
-def replace_batch_norm() -> Iterator[None]:
+def replace_batch_norm(autodiff: str = "custom_vjp") -> Iterator[None]:
     """Compute every `flax.linen.BatchNorm` with jaxbn: models as they are.
 
-    A context manager and a decorator. It acts while a model is traced, so it belongs
-    *inside* `jax.jit`: a function that was compiled outside keeps what it has. Layers
-    that inherit `__call__` from Flax's, or call it, are served as well. Parameters,
-    statistics and gradients keep their places; what differs is at `BatchNorm`.
+    A context manager, and a decorator. It acts on what is traced in this thread while
+    it is entered; compiled functions are traced anew inside it, and again outside.
+    Layers that inherit `__call__` from Flax's, or call it, are served as well.
+    Parameters, statistics and gradients keep their places; what else differs is at
+    `BatchNorm`, and so is `autodiff`.
+
+    It stands in for the call itself, so that interceptors entered inside it do not see
+    the calls of `BatchNorm`: enter it last.
 
     Source: Flax's own mechanism for this, `flax.linen.intercept_methods`.
 
@@ -98,24 +113,28 @@ def replace_batch_norm() -> Iterator[None]:
     >>> x = 1e4 + jax.random.normal(jax.random.key(0), (256, 1))
     >>> model = nn.BatchNorm(use_running_average=False)
     >>> variables = model.init(jax.random.key(1), x)
-    >>> def std(variables, x):
+    >>> @jax.jit
+    ... def std(variables, x):
     ...     y, _ = model.apply(variables, x, mutable=["batch_stats"])
     ...     return y.std().round(2)
-    >>> jax.jit(jaxbn.linen.replace_batch_norm()(std))(variables, x)
-    Array(1., dtype=float32)
+    >>> with jaxbn.linen.replace_batch_norm():
+    ...     print(std(variables, x))
+    1.0
     """
 
     def interceptor(next_fun: Any, args: Any, kwargs: Any, context: Any) -> Any:
         # By function, not by class: so also where a subclass calls it through super.
         if context.orig_method.func is _FLAX_CALL:
-            return _call(context.module, *args, **kwargs)
+            return _call(context.module, *args, **kwargs, autodiff=autodiff)
         return next_fun(*args, **kwargs)
 
-    with nn.intercept_methods(interceptor):
+    with _replaced(autodiff), nn.intercept_methods(interceptor):
         yield
 
 
 _FLAX_CALL = unwrap(nn.BatchNorm.__call__)
+# A part of the key of every jit cache: what was compiled without is not taken within.
+_replaced = jax.make_user_context(None)
 
 
 def _call(
@@ -125,26 +144,27 @@ def _call(
     *,
     mask: ArrayLike | None = None,
     unbiased: bool = False,
+    autodiff: str = "custom_vjp",
 ) -> jax.Array:
     """What `BatchNorm.__call__` does, for Flax's layers as for ours."""
     inference = nn.merge_param(
         "use_running_average", layer.use_running_average, use_running_average
     )
     initializing = layer.is_initializing()
-    x = as_inexact(x)
-    shape = tuple(x.shape[a] for a in ascending_axes(layer.axis, x.ndim))
+    shape = tuple(jnp.shape(x)[a] for a in ascending_axes(layer.axis, jnp.ndim(x)))
     stats = _stats(layer, shape, counted=initializing or not inference)
     params = _params(layer, shape)
     y, state = normalize_with(
         layer,
         params,
         state_of(**{name: variable.value for name, variable in stats.items()}),
-        x,
+        as_inexact(x),
         train=not inference,
         mask=mask,
-        unbiased=unbiased,
         axis_name=None if initializing else layer.axis_name,
         dtype=canonicalize_dtype(x, *params, dtype=layer.dtype),
+        unbiased=unbiased,
+        autodiff=autodiff,
     )
     if not (inference or initializing):
         for name, variable in stats.items():
@@ -167,7 +187,11 @@ def _stats(layer: nn.BatchNorm, shape: tuple[int, ...], counted: bool) -> dict:
 
 def _params(layer: nn.BatchNorm, shape: tuple[int, ...]) -> BatchNormParams:
     def param(name: str, used: bool, init: Any) -> jax.Array | None:
-        return layer.param(name, init, shape, layer.param_dtype) if used else None
+        if not used:
+            return None
+        value = layer.param(name, init, shape, layer.param_dtype)
+        keep = layer.force_float32_reductions
+        return value if keep else value.astype(layer.param_dtype)
 
     return BatchNormParams(
         scale=param("scale", layer.use_scale, layer.scale_init),

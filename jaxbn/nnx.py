@@ -11,7 +11,7 @@ from flax.nnx.nn import dtypes
 from flax.typing import Initializer
 from jax.typing import ArrayLike, DTypeLike
 
-from ._checks import check_restorable, check_running_average
+from ._checks import check_counted, check_restorable, check_running_average
 from ._flax import as_inexact, normalize_with, state_of
 from ._variables import BatchNormParams
 
@@ -33,8 +33,11 @@ class BatchNorm(nnx.BatchNorm):
 
     - `momentum`: may be `None`: the running statistics are then the average of all
       batches with equal weight, and a third `nnx.BatchStat`, `count`, counts them.
+      `momentum` and `epsilon` are Python numbers, never traced.
     - `unbiased`: the running variance absorbs n/(n-1)·σ², as in the paper and PyTorch.
       `False`, as in Flax, unless given.
+    - `autodiff`: `"jax"` is for forward mode (`jax.jvp`, `jax.jacfwd`), which the
+      closed form of the backward, `"custom_vjp"`, refuses.
     - `use_fast_variance`: accepted, and without effect: the variance is the stable one.
     - `promote_dtype`: decides the dtypes of `x`, `scale` and `bias`, as in Flax; what
       it makes of the statistics is dropped, so that they are never rounded.
@@ -65,6 +68,11 @@ class BatchNorm(nnx.BatchNorm):
     Array([0.2, 2. ], dtype=float32)
     """
 
+    # What Flax does not have. Here, so that a layer of Flax's that becomes one of ours
+    # needs nothing more, nor one that goes back less.
+    unbiased: bool = False
+    autodiff: str = "custom_vjp"
+
     def __init__(
         self,
         num_features: int,
@@ -84,6 +92,7 @@ class BatchNorm(nnx.BatchNorm):
         use_fast_variance: bool = True,
         promote_dtype: Callable[..., Any] = dtypes.promote_dtype,
         unbiased: bool = False,
+        autodiff: str = "custom_vjp",
         rngs: nnx.Rngs,
         bias_metadata: Mapping[str, Any] = MappingProxyType({}),
         scale_metadata: Mapping[str, Any] = MappingProxyType({}),
@@ -108,7 +117,10 @@ class BatchNorm(nnx.BatchNorm):
             bias_metadata=bias_metadata,
             scale_metadata=scale_metadata,
         )
-        self.unbiased = unbiased
+        if unbiased:
+            self.unbiased = True
+        if autodiff != "custom_vjp":
+            self.autodiff = autodiff
         if momentum is None:
             self.count = nnx.BatchStat(jnp.zeros((), jnp.int32))
 
@@ -122,23 +134,23 @@ class BatchNorm(nnx.BatchNorm):
         """Normalize `x`; the arguments are explained at the class."""
         if use_running_average is None:
             use_running_average = check_running_average(self.use_running_average)
-        names = ("mean", "var", "count") if self.momentum is None else ("mean", "var")
-        stats = {name: getattr(self, name) for name in names}
+        stats = self._stats()
         state = state_of(**{name: variable[...] for name, variable in stats.items()})
         params = [None if p is None else p[...] for p in (self.scale, self.bias)]
         x, _, _, *params = self.promote_dtype(
-            (as_inexact(x), state.mean, state.var, *params), dtype=self.dtype
+            (x, state.mean, state.var, *params), dtype=self.dtype
         )
         y, new_state = normalize_with(
             self,
             BatchNormParams(*params),
             state,
-            x,
+            as_inexact(x),
             train=not use_running_average,
             mask=mask,
-            unbiased=self.unbiased,
             axis_name=self.axis_name,
             dtype=dtypes.canonicalize_dtype(x, *params, dtype=self.dtype),
+            unbiased=self.unbiased,
+            autodiff=self.autodiff,
         )
         if not use_running_average:
             for name, variable in stats.items():
@@ -146,18 +158,25 @@ class BatchNorm(nnx.BatchNorm):
                 variable.set_value(jax.lax.stop_gradient(getattr(new_state, name)))
         return y
 
+    def _stats(self) -> dict[str, nnx.BatchStat]:
+        check_counted(self.momentum, hasattr(self, "count"))
+        names = ("mean", "var", "count")
+        return {name: getattr(self, name) for name in names if hasattr(self, name)}
 
-def replace_batch_norm(model: Model) -> Model:
+
+def replace_batch_norm(model: Model, autodiff: str = "custom_vjp") -> Model:
     """Make every `flax.nnx.BatchNorm` in `model` a `jaxbn.nnx.BatchNorm`, in place.
 
-    **Arguments**: `model`, a module, or lists, dicts and other pytrees of modules.
-    Layers of a class of their own that inherits from Flax's keep that class.
+    **Arguments**
+
+    - `model`: a module, or lists, dicts and other pytrees of modules. Layers of a class
+      of their own that inherits from Flax's keep that class.
+    - `autodiff`: as in `BatchNorm`.
 
     **Returns** `model`: the same object with the same layers, so that whoever shares
-    them, and their Variables (an optimizer, a view), still does. A function that
-    `nnx.jit` has compiled is traced anew.
-
-    `restore_batch_norm` is the way back.
+    them, and their Variables (an optimizer, a list), still does. `nnx.jit` traces it
+    anew; copies made before, `nnx.view` and `nnx.cached_partial` among them, stay
+    Flax's. `restore_batch_norm` is the way back.
 
     >>> import jaxbn.nnx
     >>> from flax import nnx
@@ -168,14 +187,15 @@ def replace_batch_norm(model: Model) -> Model:
     """
     for layer in _layers(model, nnx.BatchNorm):
         _set_class(layer, BatchNorm)
-        layer.unbiased = False
+        if autodiff != BatchNorm.autodiff:
+            layer.autodiff = autodiff
     return model
 
 
 def restore_batch_norm(model: Model) -> Model:
     """Make every `jaxbn.nnx.BatchNorm` in `model` a `flax.nnx.BatchNorm`, in place.
 
-    **Returns** `model`, as `replace_batch_norm` does.
+    **Returns** `model`, as `replace_batch_norm` does; subclasses of ours stay as well.
 
     **Raises** `ValueError`, and changes nothing, where a layer has `momentum=None` or
     `unbiased=True`: Flax has neither.
@@ -188,9 +208,10 @@ def restore_batch_norm(model: Model) -> Model:
     """
     layers = _layers(model, BatchNorm)
     for layer in layers:
-        check_restorable(layer.momentum, layer.unbiased)
+        check_restorable(layer.momentum, layer.unbiased, hasattr(layer, "count"))
     for layer in layers:
-        del layer.unbiased
+        for name in {"unbiased", "autodiff"} & vars(layer).keys():
+            delattr(layer, name)
         _set_class(layer, nnx.BatchNorm)
     return model
 

@@ -59,9 +59,9 @@ def test_it_is_a_flax_batch_norm_with_its_arguments_and_defaults():
         }
         for norm in NORMS
     )
-    unbiased = ours.pop("unbiased")
-    assert unbiased == ("False", inspect.Parameter.KEYWORD_ONLY)
-    assert ours == theirs
+    keyword = inspect.Parameter.KEYWORD_ONLY
+    ours_only = {"unbiased": ("False", keyword), "autodiff": ("'custom_vjp'", keyword)}
+    assert ours == theirs | ours_only
 
 
 def test_the_same_variables_with_the_same_metadata():
@@ -475,9 +475,43 @@ def test_a_compiled_function_and_an_optimizer_go_on(x):
     np.testing.assert_allclose(stds[1], expected, rtol=0.1)
 
 
-@pytest.mark.parametrize("options", [{"momentum": None}, {"unbiased": True}])
-def test_what_flax_does_not_have_is_not_restored(options):
-    layers = [BatchNorm(C, rngs=nnx.Rngs(0)), make(**options)]
+def test_forward_mode(x):
+    """Refused by the closed form; `autodiff="jax"` has it, and so has Flax."""
+
+    def tangents(layer):
+        graphdef, state = nnx.split(layer)
+        return jax.jvp(lambda x: nnx.merge(graphdef, state)(x), (x,), (jnp.cos(x),))
+
+    expected = tangents(make(nnx.BatchNorm, use_running_average=True))
+    layer = make(nnx.BatchNorm, use_running_average=True)
+    for ours in (
+        make(use_running_average=True, autodiff="jax"),
+        replace_batch_norm(layer, autodiff="jax"),
+    ):
+        assert_same(tangents(ours), expected, 1e-5)
+    with pytest.raises(TypeError, match="custom_vjp"):
+        tangents(make(use_running_average=True))
+    restored = nnx.graphdef(restore_batch_norm(layer))
+    assert restored == nnx.graphdef(make(nnx.BatchNorm, use_running_average=True))
+
+
+def test_equal_weights_need_a_count(x):
+    layer = replace_batch_norm(make(nnx.BatchNorm, momentum=None))
+    with pytest.raises(ValueError, match="momentum=None needs the layer's count"):
+        layer(x)
+
+
+def counted():
+    layer = make(momentum=None)
+    layer.momentum = 0.9
+    return layer
+
+
+@pytest.mark.parametrize(
+    "build", [lambda: make(momentum=None), lambda: make(unbiased=True), counted]
+)
+def test_what_flax_does_not_have_is_not_restored(build):
+    layers = [BatchNorm(C, rngs=nnx.Rngs(0)), build()]
     with pytest.raises(ValueError, match=r"can become flax\.nnx\.BatchNorm only"):
         restore_batch_norm(layers)
     assert {type(layer) for layer in layers} == {BatchNorm}
