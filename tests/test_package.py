@@ -18,9 +18,11 @@ print(sorted(after & {{"flax", "optax", "chex", "beartype", "matplotlib"}}))
 """
 
 
-@pytest.mark.parametrize(("also", "found"), [("", "[]"), (", optax", "['optax']")])
+@pytest.mark.parametrize(
+    ("also", "found"), [("", "[]"), (", optax", "['optax']"), (".linen", "'flax'")]
+)
 def test_the_core_imports_neither_flax_nor_optax(also, found):
-    """The second row tests the test: it would see an import."""
+    """The other rows test the test: it would see an import."""
     script = LIST_IMPORTS.format(also=also)
     run = subprocess.run(
         [sys.executable, "-c", script], capture_output=True, text=True, check=True
@@ -35,6 +37,28 @@ def test_the_core_requires_jax_and_jaxtyping_only():
 
 def test_version():
     assert jaxbn.__version__ == version("jaxbn")
+
+
+def test_without_flax_the_core_works_and_the_layers_say_what_is_missing():
+    script = """
+import sys
+sys.modules["flax"] = None  # as if it were not installed
+import jaxbn
+params, state = jaxbn.init(2)
+try:
+    jaxbn.linen
+except ModuleNotFoundError as error:
+    print(error)
+"""
+    run = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True
+    )
+    assert "flax" in run.stdout
+
+
+def test_an_unknown_name_is_an_attribute_error():
+    with pytest.raises(AttributeError, match="module 'jaxbn' has no attribute 'haiku'"):
+        jaxbn.haiku  # noqa: B018  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def test_public_names():

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import jax
 import numpy as np
+from flax import linen as nn
+from flax import nnx
 
 import jaxbn
 
@@ -17,7 +19,7 @@ def blocks(language):
 
 
 def test_the_example_learns_its_target():
-    (source,) = blocks("python")
+    source, *_ = blocks("python")
     assert len([line for line in source.splitlines() if line]) == 12
     names = {}
     with jax.numpy_dtype_promotion("standard"):  # optax needs it
@@ -27,8 +29,45 @@ def test_the_example_learns_its_target():
     np.testing.assert_allclose(names["state"].mean, 100 * kept, rtol=0.01)
 
 
+def run_snippet(number, **names):
+    source = blocks("python")[number]
+    assert len([line for line in source.splitlines() if line]) <= 3
+    exec(source, names)
+    return names
+
+
+class Switched(nn.Module):
+    """A linen model that holds the README's snippet."""
+
+    @nn.compact
+    def __call__(self, x):
+        return run_snippet(1, x=x, train=True)["y"]
+
+
+def test_switching_a_flax_model_over(rng):
+    """Each of the three ways does without Flax's cancelling variance."""
+    x = (1e4 + rng.normal(size=(64, 64))).astype(np.float32)
+    y, _ = Switched().init_with_output(jax.random.key(0), x)
+    np.testing.assert_allclose(y.std(0), 1, rtol=1e-4)
+
+    norm = run_snippet(2, rngs=nnx.Rngs(0))["norm"]
+    np.testing.assert_allclose(norm(x).std(0), 1, rtol=1e-4)
+
+    model = nn.BatchNorm(use_running_average=False)
+    after = run_snippet(
+        3,
+        jaxbn=jaxbn,
+        linen_model=model,
+        variables=model.init(jax.random.key(0), x),
+        nnx_model=nnx.BatchNorm(64, rngs=nnx.Rngs(0)),
+        x=x,
+    )
+    np.testing.assert_allclose(after["y"].std(0), 1, rtol=1e-4)
+    np.testing.assert_allclose(after["nnx_model"](x).std(0), 1, rtol=1e-4)
+
+
 def test_the_quick_start_is_two_lines():
-    (block,) = blocks("sh")
+    block, *_ = blocks("sh")
     run, test = block.splitlines()
     assert run == "pip install -e '.[examples]' && python examples/quickstart.py"
     assert test == "pip install -e '.[test]' && pytest"
