@@ -30,6 +30,7 @@ from ._checks import (
 from ._dtypes import real_dtype, widen
 from ._moments import moments
 from ._normalize import normalize
+from ._placement import shard_like
 from ._running import absorb
 from ._sync import merge
 from ._variables import BatchNormParams, BatchNormState
@@ -201,7 +202,14 @@ def _batch_norm(
     """Run the four rooms, with every vector laid out along x's feature axes."""
     axes = reduced_axes(options.axis, x.ndim)
     closed_form = options.autodiff == "custom_vjp" and not jnp.iscomplexobj(x)
-    lay_out = partial(spread, feature_axes=options.axis, ndim=x.ndim)
+
+    def lay_out(vector: Array) -> Array:
+        return shard_like(spread(vector, options.axis, x.ndim), x)
+
+    def take_back(stats: Array, vector: Array) -> Array:
+        return shard_like(gather(stats, options.axis), vector)
+
+    mask = None if mask is None else shard_like(mask, x)
     running = state._replace(mean=lay_out(state.mean), var=lay_out(state.var))
     # The gradient leaves through x_wide, so that what moments and normalize each add
     # to it is rounded to x's dtype once; the values come from x, which is saved.
@@ -229,7 +237,8 @@ def _batch_norm(
         dtype=options.dtype,
         closed_form=closed_form,
     )
-    mean, var = (gather(v, options.axis) for v in (running.mean, running.var))
+    mean = take_back(running.mean, state.mean)
+    var = take_back(running.var, state.var)
     return y, BatchNormState(mean, var, running.count)
 
 

@@ -16,7 +16,7 @@ from jaxtyping import Array, Bool, Float, Inexact, Real
 from ._axes import Axes
 from ._channel_sums import count_rows, per_row, shifted_sums
 from ._dtypes import real_dtype
-from ._varying import vary_alike
+from ._placement import vary_alike
 
 
 class Moments(NamedTuple):

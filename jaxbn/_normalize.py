@@ -15,7 +15,7 @@ from jaxtyping import Float, Inexact
 from ._axes import Axes
 from ._channel_sums import row_sum
 from ._dtypes import real_dtype
-from ._varying import vary_alike
+from ._placement import vary_alike
 
 
 def normalize(

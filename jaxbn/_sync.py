@@ -17,6 +17,11 @@ AxisName = str | tuple[str, ...]
 Groups = tuple[tuple[int, ...], ...]
 
 
+# One collective carries the moments of up to this many devices. Its bytes grow with the
+# devices, 12 for each channel and device: two small collectives move less beyond.
+MOST_SLOTS = 64
+
+
 def merge(local: Moments, axis_name: AxisName | None, groups: Groups | None) -> Moments:
     """Moments over every device of the axis, each weighted by its count.
 
@@ -28,11 +33,31 @@ def merge(local: Moments, axis_name: AxisName | None, groups: Groups | None) -> 
     """
     if axis_name is None:
         return local
-    each = _gather(local, axis_name, groups)
-    count = jnp.sum(each.count, 0)
-    mean = per_row(jnp.sum(each.count.astype(each.mean.dtype) * each.mean, 0), count)
-    between = each.count * abs_square(each.mean - mean[None])
-    return Moments(count, mean, jnp.sum(each.m2 + between, 0))
+    few = _members(axis_name, groups) <= MOST_SLOTS
+    each = _gather(local, axis_name, groups) if few else _alone(local)
+
+    def total(*parts: Array) -> list[Array]:
+        sums = [jnp.sum(part, 0) for part in parts]
+        return sums if few else lax.psum(sums, axis_name, axis_index_groups=groups)
+
+    weighted = each.count.astype(each.mean.dtype) * each.mean
+    count, weighted = total(each.count, weighted)
+    mean = per_row(weighted, count)
+    (m2,) = total(each.m2 + each.count * abs_square(each.mean - mean[None]))
+    return Moments(count, mean, m2)
+
+
+def _members(axis_name: AxisName, groups: Groups | None) -> int:
+    """How many devices share statistics."""
+    if groups is None:
+        return lax.axis_size(axis_name)
+    check_partition(groups, lax.axis_size(axis_name))
+    return max(map(len, groups))
+
+
+def _alone(local: Moments) -> Moments:
+    """This device's moments along a new leading axis of length 1."""
+    return Moments(*(m[None] for m in local))
 
 
 def _gather(local: Moments, axis_name: AxisName, groups: Groups | None) -> Moments:
@@ -43,7 +68,7 @@ def _gather(local: Moments, axis_name: AxisName, groups: Groups | None) -> Momen
     new running statistics could not be returned as replicated.
     """
     mine = jnp.stack([jnp.broadcast_to(m, local.mean.shape) for m in _one_dtype(local)])
-    slot, slots = _slot(axis_name, groups)
+    slot, slots = _slot(axis_name, groups), _members(axis_name, groups)
     is_mine = jnp.arange(slots).reshape(slots, *(1,) * mine.ndim) == slot
     table = jnp.where(is_mine, mine[None], 0)
     table = lax.psum(table, axis_name, axis_index_groups=groups)
@@ -55,13 +80,12 @@ def _one_dtype(local: Moments) -> tuple[Array, ...]:
     return tuple(m.astype(local.mean.dtype) for m in local)
 
 
-def _slot(axis_name: AxisName, groups: Groups | None) -> tuple[Int[Array, ""], int]:
-    """The place of this device among those it shares statistics with; their number."""
+def _slot(axis_name: AxisName, groups: Groups | None) -> Int[Array, ""]:
+    """The place of this device among those it shares statistics with."""
     index = lax.axis_index(axis_name)
     if groups is None:
-        return index, lax.axis_size(axis_name)
-    check_partition(groups, lax.axis_size(axis_name))
+        return index
     place = np.zeros(lax.axis_size(axis_name), np.int32)
     for group in groups:
         place[list(group)] = np.arange(len(group))
-    return jnp.asarray(place)[index], max(map(len, groups))
+    return jnp.asarray(place)[index]

@@ -1,5 +1,8 @@
 """Statistics over a mapped axis: N devices equal one device with the whole batch."""
 
+import math
+import re
+from functools import partial
 from typing import Any
 
 import jax
@@ -102,6 +105,22 @@ def run_sharded(case, way, mask, autodiff="custom_vjp") -> Result:
     return Result(y, new.mean, new.var, dx, dscale, dbias, dmean, dvar)
 
 
+@pytest.fixture
+def few_slots(monkeypatch):
+    """4 devices are many: what is done over more than 64 of them."""
+    jax.clear_caches()  # they do not know the constant
+    monkeypatch.setattr(jaxbn._sync, "MOST_SLOTS", 3)
+    yield
+    jax.clear_caches()
+
+
+@pytest.mark.usefixtures("few_slots")
+@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("way", [way for way in WAYS if way != "jit"])
+def test_many_devices_equal_one(way, mask, rng):
+    test_n_devices_equal_one(way, mask, rng)
+
+
 @pytest.mark.parametrize("mask", MASKS)
 @pytest.mark.parametrize("way", WAYS)
 def test_n_devices_equal_one(way, mask, rng):
@@ -115,10 +134,11 @@ def test_n_devices_equal_one(way, mask, rng):
 @pytest.mark.parametrize(
     ("dtype", "autodiff"), [("bfloat16", "custom_vjp"), ("float32", "jax")]
 )
+@pytest.mark.parametrize("mask", ["uneven", "one shard empty", "weights"])
 @pytest.mark.parametrize("way", WAYS)
-def test_bfloat16_and_plain_autodiff(way, dtype, autodiff, rng):
+def test_bfloat16_and_plain_autodiff(way, mask, dtype, autodiff, rng):
     case = rounded(random_case(rng, SHAPE), dtype)
-    mask = MASKS["uneven"](rng)
+    mask = MASKS[mask](rng).astype(np.float32)
     actual = run_sharded(case, WAYS[way], mask, autodiff)
     assert_close(actual, train_step(case, mask=mask), TOLERANCE[dtype])
 
@@ -151,75 +171,101 @@ def test_jit_with_explicit_axes(shape, rng):
     assert_close(actual, want, TOLERANCE["float32"])
 
 
-@pytest.mark.parametrize("check_vma", [True, False])
-def test_grad_inside_shard_map(check_vma, rng):
-    """Each device differentiates the loss of its own rows.
+SPECS = [P("d", "m"), P("d", None), P(None, "m"), P(None, None), P(("d", "m"), None)]
 
-    The transpose of the psum adds to dx what the other devices' losses owe it through
-    the statistics, so that it equals the gradient of the sum of all losses.
+
+@pytest.mark.parametrize("masked", [P("d", None), P(None, None), None])
+@pytest.mark.parametrize("vectors", [P(None), P("m")])
+@pytest.mark.parametrize("spec", SPECS, ids=str)
+def test_explicit_axes_need_not_agree(spec, vectors, masked, rng):
+    """Parameters, statistics and mask lie elsewhere than x; all stay where they are."""
+    case = rounded(random_case(rng, (16, 8)), "float32")
+    mask = None if masked is None else (rng.random((16, 1)) < 0.6).astype(np.float32)
+    with jax.set_mesh(mesh(*2 * [AxisType.Explicit], sizes=(2, 4), names=("d", "m"))):
+        x, dy = (jax.device_put(a, spec) for a in (case.x, case.dy))
+        shared = jax.device_put((case.scale, case.bias, case.mean, case.var), vectors)
+        weights = None if mask is None else jax.device_put(mask, masked)
+
+        @jax.jit
+        def step(x, shared):
+            def run(x, shared):
+                scale, bias, mean, var = shared
+                params = jaxbn.BatchNormParams(scale, bias)
+                state = jaxbn.BatchNormState(mean, var, jnp.int32(3))
+                y, new = jaxbn.batch_norm(params, state, x, True, mask=weights)
+                return y, new.mean, new.var
+
+            outputs, vjp = jax.vjp(run, x, shared)
+            dmean, dvar = (jnp.asarray(a) for a in (case.dmean, case.dvar))
+            cotangents = (dy, *(jax.reshard(a, vectors) for a in (dmean, dvar)))
+            return outputs, vjp(cotangents)
+
+        (y, mean, var), (dx, (dscale, dbias, *dstats)) = step(x, shared)
+    actual = Result(y, mean, var, dx, dscale, dbias, *dstats)
+    assert_close(actual, train_step(case, mask=mask), TOLERANCE["float32"])
+    assert (y.sharding.spec, mean.sharding.spec) == (spec, vectors)
+
+
+def grad_inside(way, arguments, shared, autodiff):
+    """y, dx, and of the whole batch dscale, dbias and the new statistics.
+
+    Each device differentiates the loss of its own rows. The transpose of the psum adds
+    to dx what the other devices' losses owe it through the statistics, so that it
+    equals the gradient of the sum of all losses.
     """
-    case = rounded(random_case(rng, SHAPE), "float32")
-    inputs = tuple(map(jnp.asarray, (case.x, case.dy)))
-    shared = tuple(map(jnp.asarray, (case.scale, case.bias, case.mean, case.var)))
 
-    def gradients(autodiff):
-        def inside(arguments, shared):
-            x, dy = arguments
+    def part(arguments, shared):
+        def loss(x, shared):
+            own = (x, *arguments[1:])
+            total, y, new = loss_terms(own, shared, "data", autodiff)
+            return total, (y, new)
 
-            def loss(x, shared):
-                loss, _, _ = loss_terms((x, dy, None), shared, "data", autodiff)
-                return loss
+        grad = jax.grad(loss, (0, 1), has_aux=True)
+        (dx, gradients), (y, new) = grad(arguments[0], shared)
+        dparams = gradients[:2]
+        if way != "shard_map":  # which alone knows that each holds a part of the sum
+            dparams = jax.lax.psum(dparams, "data")
+        return (y, dx), (*dparams, new.mean, new.var)
 
-            dx, (dscale, dbias, _, _) = jax.grad(loss, (0, 1))(x, shared)
-            if not check_vma:  # where shard_map keeps no account, gradients are local
-                dscale, dbias = jax.lax.psum((dscale, dbias), "data")
-            return dx, dscale, dbias
-
+    if way.startswith("shard_map"):
         mapped = jax.shard_map(
-            inside,
+            part,
             mesh=mesh(),
             in_specs=(P("data"), P()),
-            out_specs=(P("data"), P(), P()),
-            check_vma=check_vma,
+            out_specs=(P("data"), P()),
+            check_vma=way == "shard_map",
         )
-        return jax.jit(mapped)(inputs, shared)
-
-    case = case._replace(dmean=0 * case.dmean, dvar=0 * case.dvar)
-    want = train_step(case)
-    dx, dscale, dbias = gradients("custom_vjp")
-    np.testing.assert_allclose(dx, want.dx, rtol=0, atol=1e-4)
-    np.testing.assert_allclose(dscale, want.dscale, rtol=1e-4, atol=1e-4)
-    np.testing.assert_allclose(dbias, want.dbias, rtol=1e-4, atol=1e-4)
-    for a, b in zip(gradients("jax"), (dx, dscale, dbias), strict=True):
-        np.testing.assert_allclose(a, b, rtol=0, atol=1e-4)
+        rows, shared = jax.jit(mapped)(arguments, shared)
+        return *rows, *shared
+    devices = {"devices": jax.devices()[:DEVICES]} if way == "pmap" else {}
+    mapped = getattr(jax, way)(part, in_axes=(0, None), axis_name="data", **devices)
+    split = [a.reshape(DEVICES, -1, *a.shape[1:]) for a in arguments]
+    rows, shared = mapped(split, shared)
+    return *(a.reshape(SHAPE) for a in rows), *(a[1] for a in shared)
 
 
 @pytest.mark.filterwarnings("ignore:.*pmap.*:DeprecationWarning")
-def test_pmap(rng):
-    case = rounded(random_case(rng, SHAPE), "float32")
-    mask = np.asarray(MASKS["one shard empty"](rng))
+@pytest.mark.parametrize(
+    ("mask", "dtype", "autodiff"),
+    [
+        *((mask, "float32", "custom_vjp") for mask in MASKS),
+        ("uneven", "float32", "jax"),
+        ("uneven", "bfloat16", "custom_vjp"),
+        ("one shard empty", "bfloat16", "custom_vjp"),
+    ],
+)
+@pytest.mark.parametrize("way", ["shard_map", "shard_map unchecked", "pmap", "vmap"])
+def test_grad_inside(way, mask, dtype, autodiff, rng):
+    case = rounded(random_case(rng, SHAPE), dtype)
+    case = case._replace(dmean=0 * case.dmean, dvar=0 * case.dvar)
+    mask = np.asarray(MASKS[mask](rng), np.float32)
+    mask = np.broadcast_to(mask, (SHAPE[0], 2, mask.shape[2]))
+    arguments = tuple(map(jnp.asarray, (case.x, case.dy.astype(np.float32), mask)))
     shared = tuple(map(jnp.asarray, (case.scale, case.bias, case.mean, case.var)))
-
-    def part(x, dy, mask):
-        def loss(x, shared):
-            loss, y, new = loss_terms((x, dy, mask), shared, "data", "custom_vjp")
-            return loss, (y, new)
-
-        return jax.grad(loss, (0, 1), has_aux=True)(x, shared)
-
-    arrays = [a.reshape(DEVICES, ROWS, *a.shape[1:]) for a in (case.x, case.dy, mask)]
-    mapped = jax.pmap(part, axis_name="data", devices=jax.devices()[:DEVICES])
-    (dx, (dscale, dbias, _, _)), (y, new) = mapped(*arrays)
-    want = train_step(
-        case._replace(dmean=0 * case.dmean, dvar=0 * case.dvar), mask=mask
-    )
-    np.testing.assert_allclose(y.reshape(SHAPE), want.y, rtol=0, atol=1e-4)
-    np.testing.assert_allclose(dx.reshape(SHAPE), want.dx, rtol=0, atol=1e-4)
-    np.testing.assert_allclose(dscale.sum(0), want.dscale, rtol=1e-4, atol=1e-4)
-    np.testing.assert_allclose(dbias.sum(0), want.dbias, rtol=1e-4, atol=1e-4)
-    for device in range(DEVICES):
-        np.testing.assert_allclose(new.mean[device], want.mean, rtol=1e-5)
-        np.testing.assert_allclose(new.var[device], want.var, rtol=1e-5)
+    want = train_step(case, mask=mask)
+    y, dx, dscale, dbias, mean, var = grad_inside(way, arguments, shared, autodiff)
+    actual = Result(y, mean, var, dx, dscale, dbias, want.dmean, want.dvar)
+    assert_close(actual, want, TOLERANCE[dtype])
 
 
 def test_variance_over_devices_at_a_large_mean(rng):
@@ -304,21 +350,68 @@ def test_groups_where_jax_refuses_them(way):
         mapped(x)
 
 
-def test_one_collective_forward_and_none_of_the_size_of_x(rng):
-    """Counted in the program: a psum of (devices, 3, C), for any batch."""
-    params, state = jaxbn.init(C)
+def collectives(function, *arguments):
+    """Kind and number of floats of each collective in the compiled program."""
+    text = str(jax.jit(function).lower(*arguments).compile().as_text())
+    kinds = "all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute"
+    found = re.findall(rf"= (\(.*?\)|\S+) ({kinds})(?:-start)?\(", text)
+    return [(kind, floats(shapes)) for shapes, kind in found]
 
-    def forward(x):
-        y, new = jaxbn.batch_norm(params, state, x, True, axis_name="data")
-        return y, new
 
-    mapped = jax.shard_map(
-        forward, mesh=mesh(), in_specs=P("data"), out_specs=(P("data"), P())
+def floats(shapes):
+    """Of (f32[2,3]{1,0}, f32[4]{0}): 10."""
+    sizes = re.findall(r"f32\[([\d,]*)\]", shapes)
+    return sum(math.prod(map(int, filter(None, size.split(",")))) for size in sizes)
+
+
+def mapped_step(devices, check_vma, grad, channels=16):
+    """A training step over `devices`, and arguments for it."""
+    where = mesh(sizes=(devices,))
+    params, state = jaxbn.init(channels)
+    specs: Any = {"mesh": where, "check_vma": check_vma}
+
+    def forward(params, x):
+        return jaxbn.batch_norm(params, state, x, True, axis_name="data")
+
+    def loss(params, x, apply=forward):
+        y, new = apply(params, x)
+        return jnp.vdot(jnp.cos(x), y), new
+
+    def inside(params, x):
+        (dparams, dx), new = jax.grad(loss, (0, 1), has_aux=True)(params, x)
+        return (dparams if check_vma else jax.lax.psum(dparams, "data")), dx, new
+
+    apply = jax.shard_map(
+        forward, in_specs=(P(), P("data")), out_specs=(P("data"), P()), **specs
     )
-    text = jax.jit(mapped).lower(jnp.ones(SHAPE)).as_text()
-    assert text.count("stablehlo.all_reduce") == 1
-    assert f"tensor<{DEVICES}x3x1x1x{C}xf32>" in text
-    assert "all_gather" not in text
+    outside = jax.grad(partial(loss, apply=apply), (0, 1), has_aux=True)
+    within = jax.shard_map(
+        inside, in_specs=(P(), P("data")), out_specs=(P(), P("data"), P()), **specs
+    )
+    x = jnp.ones((2 * devices, 3, channels))
+    return {"none": apply, "outside": outside, "inside": within}[grad], params, x
+
+
+@pytest.mark.parametrize("check_vma", [True, False])
+@pytest.mark.parametrize("grad", ["none", "outside", "inside"])
+@pytest.mark.parametrize("devices", [2, 8])
+def test_one_collective_forward_and_one_backward(devices, grad, check_vma):
+    """In the compiled program, with bytes that do not grow with the batch.
+
+    Forward n, μ and m2 of each device; backward the cotangents of μ, σ², scale and
+    bias, or, where shard_map keeps no account, those of the slots, scale and bias.
+    """
+    found = collectives(*mapped_step(devices, check_vma, grad))
+    forward = ("all-reduce", 3 * devices * 16)
+    backward = ("all-reduce", (4 if check_vma else 3 * devices + 2) * 16)
+    assert found == ([forward] if grad == "none" else [forward, backward])
+
+
+@pytest.mark.usefixtures("few_slots")
+def test_two_small_collectives_over_many_devices():
+    """Their size does not grow with the devices."""
+    found = collectives(*mapped_step(8, True, "none"))
+    assert found == [("all-reduce", 16 + 1), ("all-reduce", 16)]
 
 
 @pytest.mark.parametrize("shape", [(64, 8, 8, 16), (512, 16), (8, 16)], ids=str)
