@@ -2,7 +2,10 @@
 
 import math
 import re
+import subprocess
+import sys
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -407,11 +410,26 @@ def test_one_collective_forward_and_one_backward(devices, grad, check_vma):
     assert found == ([forward] if grad == "none" else [forward, backward])
 
 
-@pytest.mark.usefixtures("few_slots")
-def test_two_small_collectives_over_many_devices():
-    """Their size does not grow with the devices."""
-    found = collectives(*mapped_step(8, True, "none"))
-    assert found == [("all-reduce", 16 + 1), ("all-reduce", 16)]
+def test_one_collective_up_to_64_devices_and_two_small_ones_beyond():
+    """The two do not grow with the devices."""
+    script = """
+import jax
+jax.config.update("jax_num_cpu_devices", 65)
+from test_sync import collectives, mapped_step
+for devices in (64, 65):
+    print([n for _, n in collectives(*mapped_step(devices, True, "outside"))])
+"""
+    run = subprocess.run(
+        [sys.executable, "-c", script],
+        cwd=Path(__file__).parent,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert run.stdout.splitlines() == [
+        str([3 * 64 * 16, 4 * 16]),
+        str([16 + 1, 16, 3 * 16, 2 * 16]),
+    ]
 
 
 @pytest.mark.parametrize("shape", [(64, 8, 8, 16), (512, 16), (8, 16)], ids=str)
