@@ -18,3 +18,10 @@ def rng() -> np.random.Generator:
 def x64():
     with jax.enable_x64(True):
         yield
+
+
+@pytest.fixture
+def standard_promotion():
+    """Flax adds bfloat16 to float32 and asks nobody."""
+    with jax.numpy_dtype_promotion("standard"):
+        yield

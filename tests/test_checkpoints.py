@@ -12,6 +12,7 @@ from flax_helpers import assert_same
 
 import jaxbn
 
+pytestmark = pytest.mark.usefixtures("standard_promotion")
 C = 3
 DIRECTIONS = pytest.mark.parametrize("ours_first", [True, False], ids=["ours", "flax"])
 
@@ -39,12 +40,6 @@ class NnxModel(nnx.Module):
 @pytest.fixture
 def x(rng):
     return jnp.asarray(0.7 + 1.9 * rng.normal(size=(8, C)), jnp.float32)
-
-
-@pytest.fixture(autouse=True)
-def standard_promotion():
-    with jax.numpy_dtype_promotion("standard"):
-        yield
 
 
 def save_and_restore(path, tree, template):

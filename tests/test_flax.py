@@ -16,6 +16,7 @@ from flax_helpers import assert_same, everything, randomize
 
 import jaxbn
 
+pytestmark = pytest.mark.usefixtures("standard_promotion")
 SHAPE = (6, 4, 2, 3)
 TOLERANCE = {"float32": 1e-5, "bfloat16": 3e-2}  # of each array's largest entry
 MASKS = {
@@ -23,13 +24,6 @@ MASKS = {
     "elements": np.random.default_rng(7).random(SHAPE) < 0.7,
 }
 LAYERS = [("linen", -1), ("linen", 1), ("linen", (3, 1)), ("nnx", -1), ("nnx", 1)]
-
-
-@pytest.fixture(autouse=True)
-def standard_promotion():
-    """Flax adds bfloat16 to float32 and asks nobody."""
-    with jax.numpy_dtype_promotion("standard"):
-        yield
 
 
 def linen_step(layer, train, mask):

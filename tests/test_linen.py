@@ -16,15 +16,9 @@ from jax.sharding import PartitionSpec as P
 import jaxbn
 from jaxbn.linen import BatchNorm, replace_batch_norm
 
+pytestmark = pytest.mark.usefixtures("standard_promotion")
 C = 3
 NORMS = (BatchNorm, nn.BatchNorm)
-
-
-@pytest.fixture(autouse=True)
-def standard_promotion():
-    """Flax adds bfloat16 to float32 and asks nobody."""
-    with jax.numpy_dtype_promotion("standard"):
-        yield
 
 
 @pytest.fixture

@@ -19,15 +19,9 @@ from jax.sharding import PartitionSpec as P
 import jaxbn
 from jaxbn.nnx import BatchNorm, replace_batch_norm, restore_batch_norm
 
+pytestmark = pytest.mark.usefixtures("standard_promotion")
 C = 3
 NORMS = (BatchNorm, nnx.BatchNorm)
-
-
-@pytest.fixture(autouse=True)
-def standard_promotion():
-    """Flax adds bfloat16 to float32 and asks nobody."""
-    with jax.numpy_dtype_promotion("standard"):
-        yield
 
 
 @pytest.fixture
@@ -138,13 +132,19 @@ class Block(nnx.Module):
         return jnp.tanh(self.dense(self.norm(x)))
 
 
-def mapped(norm, x):
+def four_blocks(norm):
+    """Their variables along a new leading axis."""
+
     @nnx.split_rngs(splits=4)
     @nnx.vmap
     def build(rngs):
         return Block(norm, rngs)
 
-    blocks = build(nnx.Rngs(0))
+    return build(nnx.Rngs(0))
+
+
+def mapped(norm, x):
+    blocks = four_blocks(norm)
     y = nnx.vmap(lambda block, x: block(x))(blocks, x)
     return y, nnx.state(blocks)
 
@@ -157,12 +157,7 @@ def synchronized(norm, x):
 
 
 def scanned_layers(norm, x):
-    @nnx.split_rngs(splits=4)
-    @nnx.vmap
-    def build(rngs):
-        return Block(norm, rngs)
-
-    blocks = build(nnx.Rngs(0))
+    blocks = four_blocks(norm)
     y = nnx.scan(lambda x, b: b(x), in_axes=(nnx.Carry, 0), out_axes=nnx.Carry)(
         x[0], blocks
     )
