@@ -3,8 +3,9 @@
     python tests/flax_suite.py
 
 takes the tests from PyPI's sdist of the installed Flax and runs those that speak of
-BatchNorm twice, with Flax's class and with ours: every test must end alike. It is also
-the pytest plugin that puts our classes there, and counts the tests that build one.
+BatchNorm with our class; if any fails, again with Flax's: every test must end alike. It
+is also the pytest plugin that puts our classes there, and counts the tests that build
+one.
 """
 
 import ast
@@ -120,23 +121,22 @@ def outcomes(root: Path, files: list[Path], with_jaxbn: bool) -> dict:
 
 
 def main() -> None:
-    """Compare the two runs; fail on a difference, or where nothing was compared."""
+    """Fail where our class changes how a test ends, or where no test builds one."""
     with tempfile.TemporaryDirectory() as folder:
         root = download(Path(folder))
         files = sorted((root / "tests").rglob("*_test.py"))
         files = [f for f in files if "BatchNorm" in f.read_text()]
-        theirs, ours = (outcomes(root, files, flag) for flag in (False, True))
+        ours = outcomes(root, files, with_jaxbn=True)
+        fine = all(outcome in ("passed", "skipped") for outcome, _ in ours.values())
+        theirs = ours if fine else outcomes(root, files, with_jaxbn=False)
     built = sum(uses for _, uses in ours.values())
     changed = {t: (theirs.get(t), ours[t]) for t in ours if theirs.get(t) != ours[t]}
     for test, (before, after) in changed.items():
         print("DIFFERS", "::".join(test), before, after)
-    print(
-        f"flax {version('flax')}: {len(ours)} tests, {built} of them build a BatchNorm"
-    )
-    print("with Flax's class:", Counter(outcome for outcome, _ in theirs.values()))
+    print(f"flax {version('flax')}: {len(ours)} tests, {built} build a BatchNorm")
     print("with jaxbn's class:", Counter(outcome for outcome, _ in ours.values()))
     if changed or theirs.keys() != ours.keys() or not built:
-        sys.exit("The two runs differ, or nothing was compared.")
+        sys.exit("The tests end otherwise than with Flax's class, or none was run.")
 
 
 if __name__ == "__main__":

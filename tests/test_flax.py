@@ -23,6 +23,10 @@ MASKS = {
     "no mask": None,
     "elements": np.random.default_rng(7).random(SHAPE) < 0.7,
 }
+USED = (True, False)
+OTHER_DTYPES = [
+    ("float32", "bfloat16"), ("bfloat16", "float32"), ("bfloat16", "bfloat16"),
+]  # fmt: skip
 LAYERS = [("linen", -1), ("linen", 1), ("linen", (3, 1)), ("nnx", -1), ("nnx", 1)]
 
 
@@ -61,10 +65,14 @@ def pair(kind, **options: Any) -> tuple[Any, Any]:
 @pytest.mark.parametrize("train", [True, False], ids=["train", "eval"])
 @pytest.mark.parametrize("mask", MASKS)
 @pytest.mark.parametrize(("kind", "axis"), LAYERS)
-@pytest.mark.parametrize("param_dtype", TOLERANCE)
-@pytest.mark.parametrize("dtype", TOLERANCE)
-@pytest.mark.parametrize("use_bias", [True, False], ids=["bias", "no bias"])
-@pytest.mark.parametrize("use_scale", [True, False], ids=["scale", "no scale"])
+@pytest.mark.parametrize(
+    ("use_scale", "use_bias", "dtype", "param_dtype"),
+    [
+        *((scale, bias, "float32", "float32") for scale in USED for bias in USED),
+        *((True, True, *dtypes) for dtypes in OTHER_DTYPES),
+        (False, False, "bfloat16", "bfloat16"),
+    ],
+)
 def test_equals_flax(
     use_scale, use_bias, dtype, param_dtype, kind, axis, mask, train, rng
 ):
