@@ -271,6 +271,46 @@ def test_grad_inside(way, mask, dtype, autodiff, rng):
     assert_close(actual, want, TOLERANCE[dtype])
 
 
+@pytest.mark.parametrize("wrap", [lambda f: f, jax.checkpoint], ids=["", "remat"])
+@pytest.mark.parametrize("check_vma", [True, False])
+def test_scan_over_layers_inside(check_vma, wrap, rng):
+    """Three layers in a scan, over devices and on one: everything and its gradient."""
+    vectors = [rng.uniform(0.5, 1.5, size=(3, C)).astype(np.float32) for _ in range(4)]
+    params = jaxbn.BatchNormParams(jnp.asarray(vectors[0]), jnp.asarray(vectors[1]))
+    mean, var = map(jnp.asarray, vectors[2:])
+    x, dy = (jnp.asarray(rng.normal(size=SHAPE), jnp.float32) for _ in range(2))
+
+    def layers(variables, x, axis_name):
+        def layer(x, variables):
+            params, mean, var = variables
+            state = jaxbn.BatchNormState(mean, var, jnp.int32(0))
+            y, new = jaxbn.batch_norm(params, state, x, True, axis_name=axis_name)
+            return jnp.tanh(y), (new.mean, new.var)
+
+        return jax.lax.scan(wrap(layer), x, variables)
+
+    mapped = jax.shard_map(
+        partial(layers, axis_name="data"),
+        mesh=mesh(),
+        in_specs=(P(), P("data")),
+        out_specs=(P("data"), P()),
+        check_vma=check_vma,
+    )
+
+    def loss(apply, variables, x):
+        y, stats = apply(variables, x)
+        return jnp.vdot(dy, y) + sum(map(jnp.sum, stats)), (y, stats)
+
+    ours, one = (
+        jax.jit(jax.grad(partial(loss, apply), (0, 1), has_aux=True))(
+            (params, mean, var), x
+        )
+        for apply in (mapped, partial(layers, axis_name=None))
+    )
+    for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(one), strict=True):
+        np.testing.assert_allclose(a, b, rtol=0, atol=2e-5 * np.abs(b).max())
+
+
 def test_variance_over_devices_at_a_large_mean(rng):
     x = jnp.asarray(1e4 + rng.normal(size=(DEVICES, 500, C)), jnp.float32)
     params, state = jaxbn.init(C)
