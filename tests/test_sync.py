@@ -177,7 +177,7 @@ def test_jit_with_explicit_axes(shape, rng):
 SPECS = [P("d", "m"), P("d", None), P(None, "m"), P(None, None), P(("d", "m"), None)]
 
 
-@pytest.mark.parametrize("masked", [P("d", None), P(None, None), None])
+@pytest.mark.parametrize("masked", [P(None, None), None], ids=str)
 @pytest.mark.parametrize("vectors", [P(None), P("m")])
 @pytest.mark.parametrize("spec", SPECS, ids=str)
 def test_explicit_axes_need_not_agree(spec, vectors, masked, rng):
