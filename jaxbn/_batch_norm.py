@@ -177,7 +177,7 @@ def _checked(options: Options, x: Array) -> Options:
     momentum, epsilon = check_numbers(options.momentum, options.epsilon)
     axis_name = _hashable(options.axis_name)
     groups = check_groups(_hashable(options.axis_index_groups), axis_name)
-    return Options(
+    return options._replace(
         train=check_train(options.train),
         axis=check_axis(options.axis, x.ndim),
         momentum=momentum,
@@ -187,7 +187,6 @@ def _checked(options: Options, x: Array) -> Options:
         axis_index_groups=groups,
         dtype=check_output_dtype(options.dtype, x.dtype),
         autodiff=check_autodiff(options.autodiff),
-        idle_count=options.idle_count,
     )
 
 

@@ -119,7 +119,7 @@ class BatchNorm(nnx.BatchNorm):
         )
         if unbiased:
             self.unbiased = True
-        if autodiff != "custom_vjp":
+        if autodiff != BatchNorm.autodiff:
             self.autodiff = autodiff
         if momentum is None:
             self.count = nnx.BatchStat(jnp.zeros((), jnp.int32))
