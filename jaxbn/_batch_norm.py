@@ -31,6 +31,7 @@ from ._dtypes import real_dtype, widen
 from ._moments import moments
 from ._normalize import normalize
 from ._placement import shard_like
+from ._rows import Count
 from ._running import absorb
 from ._sync import merge
 from ._variables import BatchNormParams, BatchNormState
@@ -218,8 +219,8 @@ def _batch_norm(
     if options.train:
         local = moments(x_wide, x, mask, axes, closed_form=closed_form)
         batch = merge(local, options.axis_name, options.axis_index_groups)
-        mean = jnp.where(batch.count > 0, batch.mean, mean.astype(batch.mean.dtype))
-        var = jnp.where(batch.count > 0, batch.var, var.astype(batch.var.dtype))
+        mean = _or(batch.count, batch.mean, mean)
+        var = _or(batch.count, batch.var, var)
         running = absorb(
             running, batch, options.momentum, options.unbiased, options.idle_count
         )
@@ -239,6 +240,13 @@ def _batch_norm(
     mean = take_back(running.mean, state.mean)
     var = take_back(running.var, state.var)
     return y, BatchNormState(mean, var, running.count)
+
+
+def _or(count: Count, batch: Array, running: Array) -> Array:
+    """The batch's statistic, of no rows the running one."""
+    if isinstance(count, int) and count > 0:
+        return batch
+    return jnp.where(count > 0, batch, running.astype(batch.dtype))
 
 
 def _affine(params: BatchNormParams, mean: Array) -> tuple[Array, Array]:

@@ -10,13 +10,13 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Inexact, Real
 
 from ._axes import Axes
-from ._channel_sums import count_rows, per_row, shifted_sums
+from ._channel_sums import shifted_sums
 from ._dtypes import real_dtype
 from ._placement import vary_alike
+from ._rows import count_rows, per_row
 
 
 class Moments(NamedTuple):
@@ -26,7 +26,7 @@ class Moments(NamedTuple):
     feature axes too where the mask does not tell them apart.
     """
 
-    count: Float[Array, "*#stats"]  # pyright: ignore[reportIncompatibleMethodOverride]
+    count: Float[Array, "*#stats"] | int  # pyright: ignore[reportIncompatibleMethodOverride]
     mean: Inexact[Array, "*stats"]
     m2: Float[Array, "*stats"]
 
@@ -50,24 +50,23 @@ def moments(
     which is what the backward saves, while the gradient leaves through `x_wide`: it is
     added to the one from `normalize` before anything is rounded to x's dtype.
     """
+    weights = None if mask is None else mask.astype(real_dtype(x_wide.dtype))
+    count = count_rows(x, weights, axes)
     if closed_form:
-        return Moments(*_closed_form(*vary_alike(x_wide, x, mask), axes))
-    return _formula(x_wide, x_wide, mask, axes)
+        mean, m2 = _closed_form(*vary_alike(x_wide, x, weights), axes)
+    else:
+        mean, m2 = _formula(x_wide, x_wide, weights, axes)
+    return Moments(count, mean, m2)
 
 
-def _formula(x_wide: Array, x: Array, mask: Array | None, axes: Axes) -> Moments:
-    dtype = x_wide.dtype
-    weights = _weights(mask, dtype)
-    count = count_rows(x, weights, axes, real_dtype(dtype))
-    shift, total, squares = shifted_sums(x, weights, axes, dtype)
+def _formula(
+    x_wide: Array, x: Array, weights: Array | None, axes: Axes
+) -> tuple[Array, Array]:
+    shift, total, squares = shifted_sums(x, weights, axes, x_wide.dtype)
     # With d = x - s:  μ = s + Σwd / n  and  Σw|x-μ|² = Σw|d|² - |Σwd|² / n.
-    offset = per_row(total, count)
+    offset = per_row(total, count_rows(x, weights, axes))
     m2 = squares - jnp.real(total * jnp.conj(offset))
-    return Moments(count, shift + offset, _at_least_zero(m2))
-
-
-def _weights(mask: Array | None, dtype: DTypeLike) -> Array | None:
-    return None if mask is None else mask.astype(real_dtype(dtype))
+    return shift + offset, _at_least_zero(m2)
 
 
 def _at_least_zero(m2: Array) -> Array:
@@ -76,14 +75,14 @@ def _at_least_zero(m2: Array) -> Array:
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(3,))
-def _closed_form(x_wide, x, mask, axes):
-    return tuple(_formula(x_wide, x, mask, axes))
+def _closed_form(x_wide, x, weights, axes):
+    return _formula(x_wide, x, weights, axes)
 
 
-def _closed_form_fwd(x_wide, x, mask, axes):
+def _closed_form_fwd(x_wide, x, weights, axes):
     # The formula inlined, not `_closed_form` called: jvp of grad passes through here.
-    count, mean, m2 = _formula(x_wide, x, mask, axes)
-    return (count, mean, m2), (x, mask, count, mean)
+    mean, m2 = _formula(x_wide, x, weights, axes)
+    return (mean, m2), (x, weights, mean)
 
 
 def _closed_form_bwd(axes, residuals, cotangents):
@@ -92,11 +91,11 @@ def _closed_form_bwd(axes, residuals, cotangents):
     8.  ∂μ/∂xᵢ  = wᵢ / n
     9.  ∂m2/∂xᵢ = 2 wᵢ (xᵢ - μ), with σ² = m2 / n
     """
-    x, mask, count, mean = residuals
-    _, dmean, dm2 = cotangents
+    x, weights, mean = residuals
+    dmean, dm2 = cotangents
+    count = count_rows(x, weights, axes)
     dx = per_row(dmean, count) + 2 * dm2 * (x.astype(mean.dtype) - mean)
-    if mask is not None:
-        weights = _weights(mask, dx.dtype)
+    if weights is not None:
         dx = jnp.where(weights != 0, weights * dx, 0)
     return dx, None, None
 

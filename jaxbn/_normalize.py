@@ -13,7 +13,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Float, Inexact
 
 from ._axes import Axes
-from ._channel_sums import row_sum
+from ._channel_sums import product_sums
 from ._dtypes import real_dtype
 from ._placement import vary_alike
 
@@ -82,12 +82,11 @@ def _closed_form_bwd(epsilon, axes, dtype, residuals, dy):
     """
     x, mean, var, scale = residuals
     inv_std = _inv_std(var, epsilon)
-    dy = dy.astype(mean.dtype)
-    dscale = inv_std * row_sum(dy * (x.astype(mean.dtype) - mean), axes)
-    dbias = row_sum(dy, axes)
+    dbias, products = product_sums(dy, x, mean, var, axes)
+    dscale = inv_std * products
     dvar = -0.5 * scale * dscale * inv_std * inv_std  # this order: inv_std³ underflows
     dmean = -scale * inv_std * dbias
-    dx = scale * inv_std * dy
+    dx = scale * inv_std * dy.astype(mean.dtype)
     return dx, None, dmean, dvar, dscale, dbias
 
 

@@ -8,8 +8,8 @@ from jax import Array
 from jax.typing import DTypeLike
 from jaxtyping import Float, Int
 
-from ._channel_sums import per_row
 from ._moments import Moments
+from ._rows import per_row
 from ._variables import BatchNormState
 
 
@@ -30,7 +30,7 @@ def absorb(
     hold, stays as it was.
     """
     keep, take = _shares(state.count, momentum, batch.var.dtype)
-    var = batch.var * _bessel(batch.count) if unbiased else batch.var
+    var = per_row(batch.m2, batch.count - 1) if unbiased else batch.var
     usable = (
         (batch.count > idle_count)
         & jnp.isfinite(batch.mean.astype(state.mean.dtype))
@@ -57,8 +57,3 @@ def _shares(
         return jnp.asarray(momentum, dtype), jnp.asarray(1 - momentum, dtype)
     batches = count.astype(dtype)
     return batches / (batches + 1), 1 / (batches + 1)
-
-
-def _bessel(count: Float[Array, "..."]) -> Float[Array, "..."]:
-    """Bessel's factor n / (n - 1), and some number where that says nothing."""
-    return per_row(count, count - 1)

@@ -9,9 +9,9 @@ import numpy as np
 from jax import Array, lax
 from jaxtyping import Int
 
-from ._channel_sums import abs_square, per_row
 from ._checks import check_partition
 from ._moments import Moments
+from ._rows import abs_square, per_row
 
 AxisName = str | tuple[str, ...]
 Groups = tuple[tuple[int, ...], ...]
@@ -34,16 +34,19 @@ def merge(local: Moments, axis_name: AxisName | None, groups: Groups | None) -> 
     if axis_name is None:
         return local
     few = _members(axis_name, groups) <= MOST_SLOTS
-    each = _gather(local, axis_name, groups) if few else _alone(local)
+    counts, means, m2s = (
+        _gather(_arrays(local), axis_name, groups)
+        if few
+        else (m[None] for m in _arrays(local))
+    )
 
     def total(*parts: Array) -> list[Array]:
         sums = [jnp.sum(part, 0) for part in parts]
         return sums if few else lax.psum(sums, axis_name, axis_index_groups=groups)
 
-    weighted = each.count.astype(each.mean.dtype) * each.mean
-    count, weighted = total(each.count, weighted)
+    count, weighted = total(counts, counts.astype(means.dtype) * means)
     mean = per_row(weighted, count)
-    (m2,) = total(each.m2 + each.count * abs_square(each.mean - mean[None]))
+    (m2,) = total(m2s + counts * abs_square(means - mean[None]))
     return Moments(count, mean, m2)
 
 
@@ -55,29 +58,29 @@ def _members(axis_name: AxisName, groups: Groups | None) -> int:
     return max(map(len, groups))
 
 
-def _alone(local: Moments) -> Moments:
-    """This device's moments along a new leading axis of length 1."""
-    return Moments(*(m[None] for m in local))
+def _arrays(local: Moments) -> tuple[Array, Array, Array]:
+    """Count, mean and m2 in one shape."""
+    count = jnp.asarray(local.count, local.m2.dtype)
+    return jnp.broadcast_to(count, local.m2.shape), local.mean, local.m2
 
 
-def _gather(local: Moments, axis_name: AxisName, groups: Groups | None) -> Moments:
+def _gather(
+    moments: tuple[Array, ...], axis_name: AxisName, groups: Groups | None
+) -> tuple[Array, Array, Array]:
     """Every device's moments along a new leading axis, the same on all of them.
 
     One psum of slots that are zero but for the device's own. An all_gather would do,
     but its result counts as varying over the axis where shard_map checks that, and the
     new running statistics could not be returned as replicated.
     """
-    mine = jnp.stack([jnp.broadcast_to(m, local.mean.shape) for m in _one_dtype(local)])
+    dtype = jnp.result_type(*moments)
+    mine = jnp.stack([m.astype(dtype) for m in moments])
     slot, slots = _slot(axis_name, groups), _members(axis_name, groups)
     is_mine = jnp.arange(slots).reshape(slots, *(1,) * mine.ndim) == slot
     table = jnp.where(is_mine, mine[None], 0)
     table = lax.psum(table, axis_name, axis_index_groups=groups)
     count, mean, m2 = (table[:, i] for i in range(3))
-    return Moments(jnp.real(count), mean, jnp.real(m2))
-
-
-def _one_dtype(local: Moments) -> tuple[Array, ...]:
-    return tuple(m.astype(local.mean.dtype) for m in local)
+    return jnp.real(count), mean, jnp.real(m2)
 
 
 def _slot(axis_name: AxisName, groups: Groups | None) -> Int[Array, ""]:
