@@ -4,13 +4,12 @@ Everything runs on the CPU, in rounds that interleave all peers.
 """
 
 import argparse
-import os
 import sys
 import time
+from collections.abc import Callable, Collection
 from pathlib import Path
 
-os.environ.setdefault("JAX_PLATFORMS", "cpu")
-
+import jax
 import numpy as np
 from rich.console import Console
 
@@ -55,7 +54,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def _listed(known):  # noqa: ANN001, ANN202
+def _listed(known: Collection[str]) -> Callable[[str], list[str]]:
     def names(text: str) -> list[str]:
         chosen = text.split(",")
         if unknown := [name for name in chosen if name not in known]:
@@ -69,6 +68,7 @@ def _listed(known):  # noqa: ANN001, ANN202
 
 def start(args: argparse.Namespace, console: Console) -> tuple[Session, dict]:
     """The session, and what every result says of how it was made."""
+    jax.config.update("jax_platforms", "cpu")
     peers, missing = available([name for name in args.peers if name in PEERS])
     layouts = [name for name in args.peers if name in LAYOUTS]
     torch = Torch(args.torch_python) if layouts else None

@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 
 PACKAGES = ("jax", "jaxlib", "jaxbn", "flax", "dm-haiku", "equinox", "keras", "numpy")
-FLAGS = ("XLA_FLAGS", "JAX_PLATFORMS", "OMP_NUM_THREADS", "TF_NUM_INTRAOP_THREADS")
+FLAGS = ("XLA_FLAGS", "OMP_NUM_THREADS", "OMP_WAIT_POLICY", "MALLOC_ARENA_MAX")
 
 
 def cores() -> int:

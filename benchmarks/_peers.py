@@ -13,8 +13,6 @@ import jax.numpy as jnp
 
 from ._task import EPSILON, Task
 
-os.environ.setdefault("KERAS_BACKEND", "jax")
-
 
 class Layer(NamedTuple):
     """A peer's layer for one task; `params`, `state`: pytrees as it keeps them."""
@@ -129,8 +127,7 @@ def nnx(module: str) -> Callable[[Task], Layer]:
 
 def haiku(task: Task) -> Layer:
     """`haiku.BatchNorm`; it makes all its variables in x's dtype, and so do we."""
-    import haiku as hk
-
+    hk = importlib.import_module("haiku")
     data_format = "NC..." if task.axis < task.x.ndim - 1 else "N...C"
     shape = [task.features if a == task.axis else 1 for a in range(task.x.ndim)]
 
@@ -176,8 +173,7 @@ def haiku(task: Task) -> Layer:
 
 def equinox(task: Task) -> Layer:
     """`equinox.nn.BatchNorm`, on examples of its own layout, features first."""
-    import equinox as eqx
-
+    eqx = importlib.import_module("equinox")
     layer, state = eqx.nn.make_with_state(eqx.nn.BatchNorm)(
         task.features, "batch", EPSILON, momentum=task.momentum, mode="batch"
     )
@@ -245,6 +241,7 @@ PEERS = {
 
 def available(names: Sequence[str]) -> tuple[dict[str, Peer], dict[str, str]]:
     """The peers of these names that can be imported; why the others cannot."""
+    os.environ.setdefault("KERAS_BACKEND", "jax")
     found, missing = {}, {}
     for name in names:
         try:

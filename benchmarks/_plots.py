@@ -1,10 +1,13 @@
 """Pictures of the results, in colours that colour-blind readers tell apart."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter
 
 # Okabe & Ito, "Color Universal Design", 2008; and markers, for print.
 STYLES = {
@@ -39,6 +42,13 @@ def figures(data: dict) -> dict[str, Figure]:
     }[data["section"]](data)
 
 
+def _plain_log(axis: Axis, subs: tuple[float, ...] = (1, 2, 5)) -> None:
+    """A logarithmic axis with plain numbers on it: 0.5, 1, 2, 5."""
+    axis.set_major_locator(LogLocator(subs=subs))
+    axis.set_major_formatter("{x:g}")
+    axis.set_minor_formatter(NullFormatter())
+
+
 def _peers(rows: list[dict]) -> list[str]:
     return [p for p in STYLES if any(r["peer"] == p for r in rows)]
 
@@ -69,8 +79,9 @@ def _bars(rows: list[dict], dtype: str) -> Figure:
     ):
         _grouped(axes, [r for r in rows if r["shape"] in some], "shape", "ratio")
         axes.axhline(1, color="black", lw=0.8, ls="--")
-        axes.set(ylabel="time / floor (log)", yscale="log")
-        axes.grid(axis="y", which="both", alpha=0.3)
+        axes.set(ylabel="time / floor", yscale="log")
+        _plain_log(axes.yaxis)
+        axes.grid(axis="y", alpha=0.3)
     figure.suptitle(
         f"Training forward + backward, {dtype}: time over the floor, "
         "8 passes over x at copy speed (1 = dashed; lower is better)"
@@ -84,6 +95,7 @@ def _grouped(axes: Axes, rows: list[dict], group: str, value: str) -> None:
     """Bars side by side in each group, quartiles as whiskers where there are some."""
     groups = list(dict.fromkeys(r[group] for r in rows))
     peers = _peers(rows)
+    axes.set_axisbelow(True)
     width = 0.85 / max(len(peers), 1)
     for k, peer in enumerate(peers):
         some = [r for r in rows if r["peer"] == peer]
@@ -112,9 +124,13 @@ def _against_floor(rows: list[dict], dtype: str) -> Figure:
             points = [(r["floor"], r["median"]) for r in some if r["peer"] == peer]
             colour, marker = STYLES[peer]
             xs, ys = 1e3 * np.array(points).T
-            axes.plot(xs, ys, marker, color=colour, label=peer, mec="black", mew=0.3)
+            above = 5 if peer == "jaxbn" else 2
+            style = {"color": colour, "mec": "black", "mew": 0.3, "zorder": above}
+            axes.plot(xs, ys, marker, label=peer, **style)
         axes.set(title=work, xlabel="floor, ms", ylabel="time, ms")
-        axes.grid(which="major", alpha=0.3)
+        for axis in (axes.xaxis, axes.yaxis):
+            _plain_log(axis)
+        axes.grid(alpha=0.3)
     figure.suptitle(f"Time against the floor, {dtype}: one point for each shape")
     handles, labels = figure.axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=5)
@@ -132,15 +148,17 @@ def _growth(data: dict) -> dict[str, Figure]:
         axes.plot(*zip(*floors, strict=True), color="black", ls="--", label="floor")
         other = [r["dims"][1 - place] for r in rows][:1]
         fixed = {"rows": "channels", "channels": "rows"}[along]
-        axes.set(title=f"rows ({other[0]} channels)" if place == 0 else "")
         axes.set_title(f"{along}, with {other[0]} {fixed}" if other else along)
-        axes.set(xlabel=along, ylabel="forward + backward, ms", xscale="log")
-        axes.set_yscale("log")
+        axes.set(xlabel=along, ylabel="forward + backward, ms", yscale="log")
+        axes.set_xscale("log", base=2)
+        axes.xaxis.set_major_formatter("{x:g}")
+        axes.tick_params(axis="x", labelrotation=30)
+        _plain_log(axes.yaxis)
         axes.legend()
     both = [r for r in data["devices"] if r["work"] == "both"]
     _lines(last, both, lambda r: r["devices"])
     last.set(title="the same batch on CPU devices (the cores stay)", ylim=(0, None))
-    last.set(xlabel="devices", ylabel="forward + backward, ms")
+    last.set(xlabel="devices", ylabel="forward + backward, ms", xticks=(1, 2, 4, 8))
     last.legend()
     for axes in figure.axes:
         axes.grid(alpha=0.3)
@@ -148,7 +166,8 @@ def _growth(data: dict) -> dict[str, Figure]:
     return {"growth": figure}
 
 
-def _lines(axes: Axes, rows: list[dict], where) -> None:  # noqa: ANN001
+def _lines(axes: Axes, rows: list[dict], where: Callable[[dict], int]) -> None:
+    """Medians with a band between the quartiles, against what `where` says."""
     for peer in _peers(rows):
         some = sorted((r for r in rows if r["peer"] == peer), key=where)
         xs, (colour, marker) = [where(r) for r in some], STYLES[peer]
@@ -172,6 +191,7 @@ def _step(data: dict) -> dict[str, Figure]:
         color=[STYLES[r["peer"]][0] for r in rows],
         ecolor="#666666",
     )
+    axes.invert_yaxis()
     axes.set_xlabel("ms (whiskers: quartiles)")
     axes.set_title(
         f"A training step of ResNet-{rows[0]['layers']}, batch {rows[0]['batch']}, "
@@ -188,7 +208,7 @@ def _memory(data: dict) -> dict[str, Figure]:
     ]
     titles = {
         "residuals": "kept by jax.vjp of one layer",
-        "scan_peak": f"temporary memory, gradient of a scan over {data['layers']} layers",
+        "scan_peak": f"temporaries, gradient of a scan over {data['layers']} layers",
     }
     for axes, (name, title) in zip(figure.subplots(1, 2), titles.items(), strict=True):
         _grouped(axes, rows, "dtype", name)

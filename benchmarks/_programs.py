@@ -45,6 +45,7 @@ class Program:
 
     def __init__(self, function: Callable, *args: Any):
         self._inputs, in_tree = jax.tree.flatten(args)
+        self._out_tree: Any = None
 
         def flat(*inputs: jax.Array) -> list[jax.Array]:
             result = function(*jax.tree.unflatten(in_tree, inputs))

@@ -4,7 +4,7 @@ import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from rich.console import Console
 from rich.table import Table as RichTable
@@ -31,7 +31,7 @@ class Table(NamedTuple):
         """For a page."""
         rows = [[cell.replace("\n", "<br>") for cell in row] for row in self.rows]
         lines = [self.header, ["---"] * len(self.header), *rows]
-            text = "\n".join("| " + " | ".join(line) + " |" for line in lines)
+        text = "\n".join("| " + " | ".join(line) + " |" for line in lines)
         return f"**{self.title}**\n\n{text}\n"
 
 
@@ -66,7 +66,7 @@ def _layers(data: dict) -> list[Table]:
     for dtype in _columns(rows, "dtype"):
         for work in WORKS:
             some = [r for r in rows if (r["dtype"], r["work"]) == (dtype, work)]
-            title = f"{work}, {dtype}: ms ± half the quartiles' distance; ratio to floor"
+            title = f"{work}, {dtype}: ms ± half the quartile range; times the floor"
             found.append(_by_peer(title, some))
     if data["refused"]:
         about = ("peer", "shape", "dtype", "reason")
@@ -115,7 +115,9 @@ def _growth(data: dict) -> list[Table]:
         chosen = [
             r for r in data["rows"] if r["along"] == along and r["work"] == "both"
         ]
-        title = f"forward and backward by {along}, float32: ms ± spread; ratio to floor"
+        title = (
+            f"forward and backward by {along}, float32: ms ± spread; times the floor"
+        )
         found.append(_by_peer(title, chosen))
     lines = [
         [
@@ -137,8 +139,8 @@ def _step(data: dict) -> list[Table]:
         [r["peer"], _spread(r), f"{r['loss']:.5f}", str(r["rounds"])]
         for r in data["rows"]
     ]
-    first = data["rows"][0]
-    title = f"a training step of ResNet-{first['layers']}, batch {first['batch']}, CIFAR"
+    layers, batch = (data["rows"][0][name] for name in ("layers", "batch"))
+    title = f"a training step of ResNet-{layers}, batch {batch}, CIFAR's size, float32"
     return [Table(title, ("norm", "ms", "loss of the first step", "rounds"), lines)]
 
 
@@ -186,7 +188,7 @@ def show(data: dict, console: Console) -> None:
         console.print(table.rich())
 
 
-def _plain(value: object) -> object:
+def _plain(value: Any) -> Any:
     """JSON has no NaN and no infinity: null."""
     if isinstance(value, dict):
         return {key: _plain(item) for key, item in value.items()}

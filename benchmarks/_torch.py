@@ -28,7 +28,9 @@ class Torch:
 
     def __init__(self, python: str):
         self._folder = tempfile.TemporaryDirectory()
-        self.version, self.missing = None, None
+        self.version: str | None = None
+        self.missing: str | None = None
+        self._process: Any = None
         worker = Path(__file__).with_name("_torch_worker.py")
         try:
             self._process = subprocess.Popen(
@@ -40,7 +42,7 @@ class Torch:
                 env=os.environ | KEEP_MEMORY,
             )
         except OSError as error:
-            self._process, self.missing = None, error.strerror
+            self.missing = error.strerror
             return
         greeting = json.loads(self._process.stdout.readline() or "{}")
         self.version = greeting.get("version")
@@ -48,10 +50,9 @@ class Torch:
             self.missing = greeting.get("missing", "it did not start")
 
     def _ask(self, **message: Any) -> dict:
-        process: Any = self._process
-        process.stdin.write(json.dumps(message) + "\n")
-        process.stdin.flush()
-        answer = process.stdout.readline()
+        self._process.stdin.write(json.dumps(message) + "\n")
+        self._process.stdin.flush()
+        answer = self._process.stdout.readline()
         if not answer:
             raise RuntimeError(f"PyTorch's process ended at {message}")
         return json.loads(answer)
@@ -63,7 +64,7 @@ class Torch:
     def open(self, task: Task, name: str) -> Results:
         """Give the worker a task; what it computes for it."""
         given, returned = (Path(self._folder.name) / f for f in ("in.npz", "out.npz"))
-        arrays = {
+        arrays: Any = {
             n: np.asarray(getattr(task, n), np.float32)
             for n in ("x", "dy", "scale", "bias", "mean", "var")
         }

@@ -106,7 +106,7 @@ EPSILON = 1e-5
 
 if __name__ == "__main__":
     try:
-        import torch
+        import torch  # pyright: ignore[reportMissingImports]
 
         torch.set_num_threads(int(sys.argv[1]))
         print(json.dumps({"version": torch.__version__}), flush=True)
