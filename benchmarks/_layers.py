@@ -4,6 +4,7 @@ Forward and backward are compiled apart, as a network has them: between the two 
 the rest of it, and what the backward needs is written out and read again.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -129,7 +130,7 @@ def summary(rows: list[dict]) -> list[dict]:
             "work": work,
             "geometric_mean": geometric_mean(list(ratios.values())),
             "worst": min(ratios.values()),
-            "worst_shape": min(ratios, key=ratios.__getitem__),
+            "worst_shape": min(ratios, key=lambda shape: ratios[shape]),
             "below_1": sum(ratio < 1 for ratio in ratios.values()),
             "shapes": len(ratios),
         }
@@ -143,5 +144,5 @@ def _faster_torch(rows: list[dict]) -> dict[tuple, float]:
     for row in rows:
         if row["peer"].startswith("torch"):
             key = ("torch, faster layout", row["dtype"], row["work"], row["shape"])
-            best[key] = min(row["median"], best.get(key, row["median"]))
+            best[key] = min(row["median"], best.get(key, math.inf))
     return best

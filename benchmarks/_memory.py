@@ -44,7 +44,8 @@ def scan_bytes(task: Task, layer: Layer, x: jax.Array) -> int:
 
     def loss(params: Any, state: Any, x: jax.Array, dy: jax.Array) -> tuple:
         def body(x: jax.Array, variables: tuple) -> tuple:
-            y, new_state = layer.train(*variables, x)
+            params, state = variables
+            y, new_state = layer.train(params, state, x)
             return jax.nn.relu(y), new_state
 
         y, new_state = jax.lax.scan(body, x, (params, state))
@@ -53,5 +54,5 @@ def scan_bytes(task: Task, layer: Layer, x: jax.Array) -> int:
     gradient = jax.jit(jax.grad(loss, argnums=(0, 2), has_aux=True, allow_int=True))
     dy = _programs.place(task, layer, task.dy)
     arguments = (stack(layer.params), stack(layer.state), x, dy)
-    analysis = gradient.lower(*arguments).compile().memory_analysis()
+    analysis: Any = gradient.lower(*arguments).compile().memory_analysis()
     return analysis.temp_size_in_bytes

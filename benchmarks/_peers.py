@@ -188,8 +188,8 @@ def equinox(task: Task) -> Layer:
 
     def call(params: Any, state: Any, x: jax.Array, inference: bool) -> tuple:
         layer = eqx.nn.inference_mode(eqx.combine(params, static), inference)
-        over_batch = {"in_axes": (0, None), "out_axes": (0, None)}
-        y, state = jax.vmap(layer, axis_name="batch", **over_batch)(x, state)
+        axes = (0, None)  # of x and y; the state is the whole batch's
+        y, state = jax.vmap(layer, axes, axes, axis_name="batch")(x, state)
         return y.astype(x.dtype), state  # it returns float32 for bfloat16
 
     return Layer(

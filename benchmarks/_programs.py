@@ -54,7 +54,7 @@ class Program:
 
         jaxpr = jax.make_jaxpr(flat)(*self._inputs)
         computed, self._where = split_outputs(jaxpr.jaxpr)
-        self.avals = [var.aval for var in jaxpr.jaxpr.outvars]
+        self.avals: list[Any] = [var.aval for var in jaxpr.jaxpr.outvars]
 
         # Flat lists of arrays: no library pays for the look of its pytrees.
         def recycling(spent: list[jax.Array], *inputs: jax.Array) -> list[jax.Array]:

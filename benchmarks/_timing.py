@@ -6,10 +6,11 @@ What disturbs the machine for a while then disturbs all cases alike.
 import math
 import time
 from collections.abc import Callable, Mapping
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 
+Case = TypeVar("Case")
 LEAST_SECONDS = 1e-3  # of a sample, which is as many calls as that takes
 
 
@@ -58,13 +59,14 @@ def sampler(
 
 
 def interleave(
-    cases: Mapping[str, Callable[[], float]],
+    cases: Mapping[Case, Callable[[], float]],
     rounds: int,
     rng: np.random.Generator,
     limit: float = math.inf,
-) -> dict[str, list[float]]:
+) -> dict[Case, list[float]]:
     """The samples of every case, one a round; at least 3 rounds, and else `limit` s."""
-    names, samples = list(cases), {name: [] for name in cases}
+    names = list(cases)
+    samples: dict[Case, list[float]] = {name: [] for name in names}
     start = time.perf_counter()
     for done in range(rounds):
         if done >= 3 and time.perf_counter() - start > limit:
