@@ -10,7 +10,6 @@ from rich.console import Console
 from rich.table import Table as RichTable
 
 WORKS = ("forward", "backward", "both", "inference")
-REQUIRED = ("section", "command", "quick", "seed", "machine", "versions", "missing")
 
 
 class Table(NamedTuple):

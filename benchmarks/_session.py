@@ -37,6 +37,13 @@ class Session(NamedTuple):
         if self.torch is not None:
             self.torch.forget()
 
+    def distinct(self) -> "Session":
+        """The same, jaxbn's layers left out where the function stands for them."""
+        same = ("jaxbn.linen", "jaxbn.nnx") if "jaxbn" in self.peers else ()
+        return self._replace(
+            peers={n: p for n, p in self.peers.items() if n not in same}
+        )
+
     def only(self, *names: str) -> "Session":
         """The same, with some of the peers alone."""
         return self._replace(
