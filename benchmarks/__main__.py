@@ -35,10 +35,18 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     names = [*PEERS, *LAYOUTS]
     parser.add_argument("--quick", action="store_true", help="small: below a minute")
     parser.add_argument(
-        "--only", type=_listed(SECTIONS), default=[*SECTIONS], help="sections, a,b"
+        "--only",
+        type=_listed(SECTIONS),
+        default=[*SECTIONS],
+        metavar="A,B",
+        help=f"of {', '.join(SECTIONS)}",
     )
     parser.add_argument(
-        "--peers", type=_listed(names), default=names, help=f"of {', '.join(names)}"
+        "--peers",
+        type=_listed(names),
+        default=names,
+        metavar="A,B",
+        help=f"of {', '.join(names)}",
     )
     parser.add_argument(
         "--torch-python", default=sys.executable, help="an interpreter that has torch"
