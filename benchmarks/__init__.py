@@ -1,0 +1,1 @@
+"""What jaxbn costs, beside its peers: time, memory, accuracy."""
