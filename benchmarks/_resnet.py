@@ -63,7 +63,7 @@ def train_step(
 ) -> tuple[Variables, Array]:
     """One step of SGD: the new variables, and the loss."""
 
-    def loss(params: Variables) -> tuple[Array, Variables]:
+    def loss(params: Variables) -> tuple[Array, Any]:
         old = {**variables, "params": params}
         logits, new = model.apply(old, images, mutable=["batch_stats"])
         costs = optax.softmax_cross_entropy_with_integer_labels(logits, labels)

@@ -44,7 +44,7 @@ class Chip(NamedTuple):
         shapes = jax.tree.map(self._on_chip, arguments)
         platform = "cuda" if self.name == "h100" else "tpu"
         lowered = jax.jit(function).trace(*shapes).lower(lowering_platforms=(platform,))
-        program = lowered.compile()
+        program: Any = lowered.compile()  # typed to lack what it has on these chips
         memory = program.memory_analysis()
         if self.name == "h100":  # where XLA has no cost analysis
             moved = traffic(program.as_text())

@@ -14,7 +14,7 @@ import json
 import math
 import platform
 from collections.abc import Callable
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,6 +27,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
+import jaxbn
 import jaxbn.linen
 
 from ._resnet import ResNet50, step_arguments, train_step
@@ -188,15 +189,9 @@ def step_table(rows: list[dict[str, Any]], chip: str) -> Table:
 
 def versions(chip: str) -> dict[str, str]:
     """What the figures depend on."""
-    packages = ("jax", "jaxlib", "flax", "jaxbn", LIBRARY[chip])
-    return {"python": platform.python_version()} | {p: _version(p) for p in packages}
-
-
-def _version(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:  # a plugin that was built, not installed
-        return "unknown"
+    packages = ("jax", "jaxlib", "flax", LIBRARY[chip])
+    found = {package: version(package) for package in packages}
+    return {"python": platform.python_version(), "jaxbn": jaxbn.__version__, **found}
 
 
 def main() -> None:
