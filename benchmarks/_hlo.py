@@ -1,0 +1,138 @@
+"""How many bytes a compiled program moves, read off its optimized HLO text.
+
+XLA's GPU compiler turns the entry computation into a list of kernels: what a line of it
+reads and writes goes through device memory, and what is inside a fusion stays in
+registers. XLA's own cost analysis is not there for a GPU that is only described.
+"""
+
+import math
+import re
+from collections.abc import Iterator
+from typing import NamedTuple
+
+# These give names to buffers that are there already.
+FREE = {"bitcast", "constant", "get-tuple-element", "parameter", "tuple"}
+# What these run is another computation, some number of times.
+UNCOUNTABLE = {"call", "conditional", "while"}
+
+ARRAY = re.compile(r"(\w+)\[([\d,]*)\]")
+INSTRUCTION = re.compile(
+    r"^\s*(?:ROOT )?%(?P<name>[\w.-]+) = (?P<type>\(.*?\)|\S+) "
+    r"(?P<op>[\w-]+)\((?P<operands>.*?)\)(?:, (?P<attributes>.*))?$"
+)
+COMPUTATION = re.compile(
+    r"^(?P<entry>ENTRY )?%(?P<name>[\w.-]+) \(.*?\{\n(?P<body>.*?)^\}", re.M | re.S
+)
+
+
+class Instruction(NamedTuple):
+    """One line of a computation; the operand of a parameter is its number."""
+
+    name: str
+    type: str
+    op: str
+    operands: tuple[str, ...]
+    attributes: str
+
+
+class Kernel(NamedTuple):
+    """What one launch moves, in bytes."""
+
+    name: str
+    read: int
+    written: int
+
+
+def traffic(hlo: str) -> int:
+    """The bytes that all kernels of a program read and write."""
+    return sum(kernel.read + kernel.written for kernel in kernels(hlo))
+
+
+def kernels(hlo: str) -> list[Kernel]:
+    """The launches of the entry computation, in order.
+
+    Each operand is read once, each result written once. A fusion that only slices an
+    operand reads the slices. The scratch space of a custom call (a convolution) is not
+    counted, for how often it is used is not known.
+
+    **Raises** `ValueError` where the program holds a loop, a call or a branch.
+
+    >>> kernels('''
+    ... ENTRY %main (x: f32[4,8]) -> bf16[4,8] {
+    ...   %x = f32[4,8]{1,0} parameter(0)
+    ...   ROOT %y = bf16[4,8]{1,0} convert(%x)
+    ... }
+    ... ''')
+    [Kernel(name='y', read=128, written=64)]
+    """
+    computations = _computations(hlo)
+    entry = computations["ENTRY"]
+    sizes = {i.name: _size(i) for i in entry}
+    return [
+        Kernel(i.name, _bytes_read(i, sizes, computations), sizes[i.name])
+        for i in entry
+        if i.op not in FREE
+    ]
+
+
+def _computations(hlo: str) -> dict[str, list[Instruction]]:
+    """The instructions of each computation; the one that runs is "ENTRY"."""
+    hlo = re.sub(r"/\*.*?\*/", "", hlo)  # comments: /*index=5*/
+    return {
+        "ENTRY" if found["entry"] else found["name"]: list(_instructions(found["body"]))
+        for found in COMPUTATION.finditer(hlo)
+    }
+
+
+def _instructions(body: str) -> Iterator[Instruction]:
+    for line in body.splitlines():
+        if found := INSTRUCTION.match(line):
+            name, type_, op, operands, attributes = found.groups()
+            words = (operand.split(" ")[-1] for operand in operands.split(", "))
+            names = tuple(word.removeprefix("%") for word in words)
+            yield Instruction(name, type_, op, names, attributes or "")
+
+
+def _size(instruction: Instruction) -> int:
+    """Bytes of an instruction's result: of all its arrays, where it has several."""
+    arrays = ARRAY.findall(instruction.type)
+    if instruction.op == "custom-call":
+        arrays = [(dtype, shape) for dtype, shape in arrays if dtype != "u8"]
+    return sum(_array_size(dtype, shape) for dtype, shape in arrays)
+
+
+def _array_size(dtype: str, shape: str) -> int:
+    bits = re.search(r"\d+", dtype)  # the first: f8e4m3fn has 8
+    width = max(int(bits[0]) // 8, 1) if bits else 1  # pred
+    return width * math.prod(int(n) for n in shape.split(",") if n)
+
+
+def _bytes_read(
+    instruction: Instruction,
+    sizes: dict[str, int],
+    computations: dict[str, list[Instruction]],
+) -> int:
+    """An operand that is named twice is read once."""
+    if instruction.op in UNCOUNTABLE:
+        raise ValueError(
+            f"Kernels can be counted in straight-line HLO only; got "
+            f"{instruction.op} %{instruction.name}. Unroll it, or count its body."
+        )
+    called = re.search(r"calls=%([\w.-]+)", instruction.attributes)
+    sliced = _sliced(computations[called[1]]) if called else {}
+    read: dict[str, int] = {}
+    for i, operand in enumerate(instruction.operands):
+        size = sliced.get(i, sizes.get(operand, 0))
+        read[operand] = max(read.get(operand, 0), size)
+    return sum(read.values())
+
+
+def _sliced(body: list[Instruction]) -> dict[int, int]:
+    """The parameters of a fusion that it only slices: bytes of the slices by number."""
+    return {
+        int(parameter.operands[0]): sum(map(_size, users))
+        for parameter in body
+        if parameter.op == "parameter"
+        and (users := [i for i in body if parameter.name in i.operands])
+        and all(user.op == "slice" for user in users)
+    }
