@@ -4,8 +4,11 @@
 """
 
 from collections.abc import Sequence
+from functools import partial
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 from jax.typing import ArrayLike
 from jaxtyping import Inexact
@@ -49,8 +52,8 @@ def inference_affine(
     >>> jaxbn.inference_affine(params, state, epsilon=0.0)
     (Array([1.5], dtype=float32), Array([-14.], dtype=float32))
     """
-    scale, mean, bias = _centred_affine(params, state, epsilon)
-    return scale, bias - mean * scale
+    _, epsilon = check_numbers(None, epsilon)
+    return _inference_affine(*check_statistics(params, state), epsilon)
 
 
 def fold(
@@ -103,25 +106,32 @@ def fold(
     kernel = jnp.asarray(kernel)
     axes = check_axis(axis, kernel.ndim, of="the kernel")
     features = tuple(kernel.shape[a] for a in axes)
-    bias = jnp.zeros(features, jnp.float32) if bias is None else jnp.asarray(bias)
+    bias = np.zeros(features, np.float32) if bias is None else bias
+    bias = jnp.asarray(bias)
     check_layer(kernel, bias, axes, jnp.shape(state.mean))
-    scale, mean, shift = _centred_affine(params, state, epsilon, kernel, bias)
-    trailing = tuple(range(bias.ndim - len(axes), bias.ndim))
-
-    def along_bias(vector: Array) -> Array:
-        return spread(vector, trailing, bias.ndim)
-
-    kernel = kernel.astype(scale.dtype) * spread(scale, axes, kernel.ndim)
-    deviation = bias.astype(scale.dtype) - along_bias(mean)
-    return kernel, deviation * along_bias(scale) + along_bias(shift)
-
-
-def _centred_affine(
-    params: BatchNormParams, state: BatchNormState, epsilon: float, *others: Array
-) -> tuple[Array, Array, Array]:
-    """Scale, μ and β of y = (x - μ) · scale + β, as wide as the widest of all."""
     _, epsilon = check_numbers(None, epsilon)
-    gamma, beta, mean, var = check_statistics(params, state)
+    return _fold(kernel, bias, *check_statistics(params, state), epsilon, axes)
+
+
+@partial(jax.jit, static_argnames="epsilon")
+def _inference_affine(gamma, beta, mean, var, epsilon):
+    scale, mean, beta = _centred_affine(gamma, beta, mean, var, epsilon)
+    return scale, beta - mean * scale
+
+
+# Compiled, for a model has dozens of shapes, and each operation of each takes its time.
+@partial(jax.jit, static_argnames=("epsilon", "axes"))
+def _fold(kernel, bias, gamma, beta, mean, var, epsilon, axes):
+    vectors = _centred_affine(gamma, beta, mean, var, epsilon, kernel, bias)
+    trailing = tuple(range(bias.ndim - len(axes), bias.ndim))
+    kernel_scale = spread(vectors[0], axes, kernel.ndim)
+    scale, mean, beta = (spread(v, trailing, bias.ndim) for v in vectors)
+    kernel, bias = kernel.astype(scale.dtype), bias.astype(scale.dtype)
+    return kernel * kernel_scale, (bias - mean) * scale + beta
+
+
+def _centred_affine(gamma, beta, mean, var, epsilon, *others):
+    """Scale, μ and β of y = (x - μ) · scale + β, as wide as the widest of all."""
     # What is below 16 bits widens nothing, and JAX promotes no 8-bit floats.
     arrays = (gamma, beta, mean, var, *others)
     wide = widen(*(a.dtype for a in arrays if a.dtype.itemsize > 1))

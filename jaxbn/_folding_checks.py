@@ -4,6 +4,7 @@ from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jax import Array
 from jax.core import Tracer
@@ -62,12 +63,17 @@ def _check_inexact(name: str, value: Array) -> None:
 
 
 def _check_variance(var: Array) -> None:
-    if not isinstance(var, Tracer) and not bool((var >= 0).all()):
+    if not isinstance(var, Tracer) and not _all_variances(var):
         raise ValueError(
             "a running variance must not be negative or NaN; got values from "
             f"{var.min()} to {var.max()} in state.var. The checkpoint may be damaged, "
             "or mean and var exchanged."
         )
+
+
+@jax.jit
+def _all_variances(var: Array) -> Array:
+    return (var >= 0).all()
 
 
 @contextmanager

@@ -27,7 +27,7 @@ NORM = (
 
 def fold(
     variables: Mapping[str, Any],
-    pairs: Mapping[str | Path, str | Path],
+    pairs: Mapping[Any, str | Path],
     *,
     epsilon: float = 1e-5,
     axis: int | Sequence[int] = -1,

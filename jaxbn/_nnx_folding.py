@@ -21,11 +21,11 @@ from ._folding_checks import (
 from ._variables import BatchNormParams, BatchNormState
 
 Model = TypeVar("Model")
-Path = tuple[str | int, ...]
+Path = tuple[Any, ...]  # of names and indices
 LAYERS = (nnx.Linear, nnx.LinearGeneral, nnx.Conv, nnx.ConvTranspose)
 
 
-def fold(model: Model, pairs: Mapping[str | Path, str | Path] | None = None) -> Model:
+def fold(model: Model, pairs: Mapping[Any, str | Path] | None = None) -> Model:
     """A copy of an nnx model with batch norms folded into the layers before them.
 
     **Arguments**
@@ -109,15 +109,13 @@ def _folded(layer: Any, norm: Any) -> Any:
     check_kind(norm, _norms())
     check_last(norm.axis)
     layer = nnx.clone(layer)
-    parts = (layer.kernel, layer.bias, norm.scale, norm.bias, norm.mean, norm.var)
-    kernel, bias, scale, shift, mean, var = (
-        None if part is None else part[...] for part in parts
-    )
+    optional = (layer.bias, norm.scale, norm.bias)
+    bias, scale, shift = (None if part is None else part[...] for part in optional)
     kernel, bias = fold_layer(
-        kernel,
+        layer.kernel[...],
         bias,
         BatchNormParams(scale, shift),
-        BatchNormState(mean, var, jnp.int32(0)),
+        BatchNormState(norm.mean[...], norm.var[...], jnp.int32(0)),
         epsilon=norm.epsilon,
         axis=-2 if getattr(layer, "transpose_kernel", False) else -1,
     )
