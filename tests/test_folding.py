@@ -169,6 +169,22 @@ def test_affine_is_inference_of_batch_norm(rng):
     assert_near(x * scale + offset, y, 1e-6)
 
 
+def test_affine_rounds_more_where_the_mean_is_large(rng):
+    params, state = batch_norm_variables(rng, (5,), np.float32)
+    state = state._replace(mean=1e4 + state.mean, var=0.5 + 0 * state.var)
+    x = jnp.asarray(state.mean + rng.normal(size=(1000, 5)), jnp.float32)
+    scale, offset = (v[None] for v in jaxbn.inference_affine(params, state, EPSILON))
+    y, _ = jaxbn.batch_norm(params, state, x, train=False, epsilon=EPSILON)
+    expected = normalized(x, params, state)
+    errors = [
+        np.abs(np.asarray(a, np.float64) - expected).max()
+        for a in (x * scale + offset, y)
+    ]
+    size = np.abs(np.asarray(params.scale)).max() / 0.5**0.5
+    assert errors[0] < 2 * 1e-7 * 1e4 * size
+    assert errors[1] < 1e-2 * errors[0]
+
+
 def test_a_constant_channel_without_epsilon_becomes_its_bias():
     params = BatchNormParams(jnp.full(2, 3.0), jnp.array([5.0, 7.0]))
     state = BatchNormState(jnp.full(2, 2.0), jnp.zeros(2), jnp.int32(1))
