@@ -8,6 +8,8 @@ import types
 import typing
 
 from ._batch_norm import batch_norm as batch_norm
+from ._folding import fold as fold
+from ._folding import inference_affine as inference_affine
 from ._init import init as init
 from ._variables import BatchNormParams as BatchNormParams
 from ._variables import BatchNormState as BatchNormState

@@ -74,25 +74,25 @@ def check_input(x: Any) -> Array:
     return x
 
 
-def check_axis(axis: Any, ndim: int) -> tuple[int, ...]:
+def check_axis(axis: Any, ndim: int, of: str = "x") -> tuple[int, ...]:
     """The feature axes, non-negative, in the order they were given."""
     try:
         given = tuple(map(operator.index, np.atleast_1d(axis)))
     except TypeError:
         raise TypeError(
             f"axis must be an int or a sequence of ints; got {axis!r}. It names the "
-            "feature axes of x: -1 for NHWC, 1 for NCHW."
+            f"feature axes of {of}: -1 for NHWC, 1 for NCHW."
         ) from None
     if not given or any(not -ndim <= a < ndim for a in given):
         raise ValueError(
-            f"axis must name feature axes of x, from {-ndim} to {ndim - 1}; "
-            f"got axis={axis} for x of {ndim} dimensions."
+            f"axis must name feature axes of {of}, from {-ndim} to {ndim - 1}; "
+            f"got axis={axis} for {of} of {ndim} dimensions."
         )
     axes = tuple(a % ndim for a in given)
     if len(set(axes)) < len(axes):
         raise ValueError(
             f"axis must name each feature axis once; got axis={axis}, which is "
-            f"{axes} for x of {ndim} dimensions. Drop the repeated one."
+            f"{axes} for {of} of {ndim} dimensions. Drop the repeated one."
         )
     return axes
 

@@ -47,11 +47,11 @@ def _formula(x, mean, var, scale, bias, epsilon, dtype):
     # x - μ first: x·a - μ·a cancels where |μ| is large beside σ.
     deviation = x.astype(mean.dtype) - mean
     return (
-        deviation * (_inv_std(var, epsilon).astype(scale.dtype) * scale) + bias
+        deviation * (inverse_std(var, epsilon).astype(scale.dtype) * scale) + bias
     ).astype(dtype)
 
 
-def _inv_std(var: Array, epsilon: float) -> Array:
+def inverse_std(var: Array, epsilon: float) -> Array:
     """(σ² + ε)^(-1/2), and 0 for a constant channel with ε = 0, where y is the bias."""
     variance = var + epsilon
     # Not rsqrt: its derivative has (σ² + ε)^(-3/2), which underflows for σ of 1e15.
@@ -81,7 +81,7 @@ def _closed_form_bwd(epsilon, axes, dtype, residuals, dy):
     7.  ∂x̂ᵢ/∂xᵢ   = (σ² + ε)^(-1/2)
     """
     x, mean, var, scale = residuals
-    inv_std = _inv_std(var, epsilon)
+    inv_std = inverse_std(var, epsilon)
     dbias, products = product_sums(dy, x, mean, var, axes)
     dscale = inv_std * products
     dvar = -0.5 * scale * dscale * inv_std * inv_std  # this order: inv_std³ underflows

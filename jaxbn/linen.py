@@ -14,6 +14,9 @@ from flax.linen.dtypes import canonicalize_dtype
 from jax.typing import ArrayLike
 
 from ._flax import as_inexact, ascending_axes, normalize_with, state_of
+from ._linen_folding import fold as fold
+from ._linen_folding import skip_folded as skip_folded
+from ._linen_freezing import batch_norm_mask as batch_norm_mask
 from ._variables import BatchNormParams
 
 

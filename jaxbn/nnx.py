@@ -13,6 +13,8 @@ from jax.typing import ArrayLike, DTypeLike
 
 from ._checks import check_counted, check_restorable, check_running_average
 from ._flax import as_inexact, normalize_with, state_of
+from ._nnx_folding import fold as fold
+from ._nnx_freezing import batch_norm_mask as batch_norm_mask
 from ._variables import BatchNormParams
 
 Model = TypeVar("Model")
