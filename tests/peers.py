@@ -222,4 +222,6 @@ class EquinoxEma(Equinox):
         return DECAY
 
 
-PEERS = {peer.__name__: peer for peer in (Torch, Keras, Haiku, Equinox, EquinoxEma)}
+PEERS: dict[str, Any] = {
+    peer.__name__: peer for peer in (Torch, Keras, Haiku, Equinox, EquinoxEma)
+}

@@ -121,8 +121,9 @@ def test_a_state_dict_comes_back_in_its_dtypes_and_loads_strictly(rng):
     )
     net[1].double()
     ones = np.ones(C, np.float32)
+    half = jnp.full(C, 0.5, jnp.bfloat16)
     variables = {
-        "params": {"norm": {"scale": ones, "bias": ones}},
+        "params": {"norm": {"scale": half, "bias": ones}},
         "batch_stats": {"norm": {"mean": ones, "var": 2 * ones, "count": np.int32(5)}},
     }
     old = net.state_dict()
@@ -131,6 +132,7 @@ def test_a_state_dict_comes_back_in_its_dtypes_and_loads_strictly(rng):
     net.load_state_dict(new)
     assert int(net[1].num_batches_tracked) == 5
     assert net[1].running_var.tolist() == [2.0] * C
+    assert net[1].weight.tolist() == [0.5] * C
     read: Any = convert.from_torch_tree(net.state_dict(), {"1": "norm"}, variables)
     jax.tree.map(np.testing.assert_array_equal, read, variables)
 

@@ -110,6 +110,6 @@ def as_vectors(params: BatchNormParams, state: BatchNormState) -> Vectors:
 def like(old: Any, new: np.ndarray) -> Any:
     """`new` in the place of `old`: its shape, dtype and kind of array."""
     if hasattr(old, "new_tensor"):  # PyTorch's, which also knows the device
-        return old.new_tensor(new)
+        return old.new_tensor(np.asarray(new, np.float64))  # it knows no bfloat16
     make = jnp.array if isinstance(old, jax.Array | jax.ShapeDtypeStruct) else np.array
     return make(new.reshape(old.shape), old.dtype)
