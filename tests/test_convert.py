@@ -32,13 +32,12 @@ def batches(rng):
 
 
 def random_layer(rng, scale=True, bias=True, count=3) -> Any:
-    case = random_case(rng, (1, C))
-    vector = lambda a: jnp.asarray(a, jnp.float32)  # noqa: E731
+    case = random_case(rng, (1, C))._asdict()
+    case = {name: jnp.asarray(a, jnp.float32) for name, a in case.items()}
     params = jaxbn.BatchNormParams(
-        vector(case.scale) if scale else None, vector(case.bias) if bias else None
+        case["scale"] if scale else None, case["bias"] if bias else None
     )
-    state = jaxbn.BatchNormState(vector(case.mean), vector(case.var), jnp.int32(count))
-    return params, state
+    return params, jaxbn.BatchNormState(case["mean"], case["var"], jnp.int32(count))
 
 
 def assert_near(actual, expected, tolerance=1e-5):
@@ -327,7 +326,7 @@ TREE_ERRORS: dict[str, Any] = {
     "nan": (changed(b__running_var=np.nan * ONES), NAMES, r"got nan at \(0,\), and 3"),
 }
 DTYPE_ERRORS: dict[str, Any] = {
-    "integer": (np.ones(C, np.int32), r"running|mean of layer 'a' .* got int32. Cast"),
+    "integer": (np.ones(C, np.int32), r"mean of layer 'a' .* got int32. Cast"),
     "bool": (np.ones(C, bool), r"got bool"),
     "complex": (np.ones(C, np.complex64), r"got complex64"),
     "object": (np.array([None, 1.0, 2.0]), r"must be floating; got object"),
@@ -335,14 +334,14 @@ DTYPE_ERRORS: dict[str, Any] = {
 }
 
 
-def refused(error, match, state_dict, names, rng):
+def refused(error, match, state_dict, names: dict[str, str], rng):
     """Both kinds of trees, in and out, and none of them changes."""
     variables = linen_variables(rng)
     before = jax.tree.map(np.array, (variables, state_dict))
     with pytest.raises(error, match=match):
         convert.from_torch_tree(state_dict, names, variables)
     model = Nnx()
-    moved: dict[Any, str] = {"BatchNorm_1": "blocks/0"}
+    moved = {"BatchNorm_1": "blocks/0"}
     with pytest.raises(error, match=match.replace("BatchNorm_1", "blocks/0")):
         convert.from_torch_tree(
             state_dict,
