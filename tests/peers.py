@@ -4,12 +4,15 @@
 itself in place, infers, and is read and written through `jaxbn.convert`.
 """
 
+import atexit
 import os
+import shutil
 import tempfile
 from typing import Any
 
-os.environ["KERAS_BACKEND"] = "jax"  # before the import, which else writes to ~/.keras
-os.environ.setdefault("KERAS_HOME", tempfile.mkdtemp(prefix="keras-"))
+# Before Keras is imported, which writes a file: not to the home directory.
+os.environ["KERAS_BACKEND"] = "jax"
+os.environ["KERAS_HOME"] = tempfile.mkdtemp(prefix="jaxbn-keras-")
 
 import equinox as eqx
 import haiku as hk
@@ -21,6 +24,7 @@ import pytest
 
 from jaxbn import convert
 
+atexit.register(shutil.rmtree, os.environ["KERAS_HOME"])
 C = 3
 DECAY = 0.9
 
