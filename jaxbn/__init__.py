@@ -9,6 +9,7 @@ import typing
 
 from ._batch_norm import batch_norm as batch_norm
 from ._init import init as init
+from ._population import population as population
 from ._variables import BatchNormParams as BatchNormParams
 from ._variables import BatchNormState as BatchNormState
 

@@ -67,6 +67,7 @@ def test_public_names():
         for name, value in vars(jaxbn).items()
         if not name.startswith("_") and not isinstance(value, ModuleType)
     }
-    assert public == {"BatchNormParams", "BatchNormState", "batch_norm", "init"}
+    variables, functions = {"BatchNormParams", "BatchNormState"}, {"batch_norm", "init"}
+    assert public == variables | functions | {"population"}
     for name in public:
         assert getattr(jaxbn, name).__doc__.strip()
