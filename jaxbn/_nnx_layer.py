@@ -132,11 +132,11 @@ class BatchNorm(nnx.BatchNorm):
         """Normalize `x`; the arguments are explained at the class."""
         if use_running_average is None:
             use_running_average = check_running_average(self.use_running_average)
-        return self.compute(
+        return self._compute(
             x, train=not use_running_average, mask=mask, axis_name=self.axis_name
         )
 
-    def compute(
+    def _compute(
         self, x: ArrayLike, *, train: bool, mask: ArrayLike | None, axis_name: Any
     ) -> jax.Array:
         """A call whose mode, and axis to synchronize over, are settled."""

@@ -123,7 +123,7 @@ class _Measured(BatchNorm):
         self.tally.set_value(
             absorb_call(old, self, as_inexact(rounded), mask, axis_name)
         )
-        return self.compute(x, train=True, mask=mask, axis_name=axis_name)
+        return self._compute(x, train=True, mask=mask, axis_name=axis_name)
 
 
 @cache

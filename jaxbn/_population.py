@@ -85,7 +85,7 @@ def population(
     weight: a short last batch counts for the rows it has.
 
     Source: Ioffe & Szegedy, [arXiv:1502.03167](https://arxiv.org/abs/1502.03167),
-    Algorithm 2, steps 8 to 10, for batches of any size. Chan, Golub & LeVeque,
+    Algorithm 2, step 10, for batches of any size. Chan, Golub & LeVeque,
     "Updating Formulae and a Pairwise Algorithm for Computing Sample Variances", 1979,
     for the merge. Such a pass is also known as PreciseBN: Wu & Johnson, "Rethinking
     'Batch' in BatchNorm", [arXiv:2105.07576](https://arxiv.org/abs/2105.07576).

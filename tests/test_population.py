@@ -353,12 +353,13 @@ class LinenOdd(linen.Module):
 
         self.twice = self.norm(use_running_average=True, axis_name="data")
         self.below = Doubled(use_running_average=True)
+        self.after = self.norm(use_running_average=True)
         self.idle = self.norm(use_running_average=True)
 
     def __call__(self, x, mask, everything=False):
         y = self.twice(x, mask=mask)
         self.twice(3 * x)
-        return self.below(y) + (self.idle(x) if everything else 0)
+        return self.after(self.below(y)) + (self.idle(x) if everything else 0)
 
 
 class NNXOdd(nnx.Module):
@@ -370,12 +371,13 @@ class NNXOdd(nnx.Module):
         options = {"rngs": nnx.Rngs(0), "use_running_average": True}
         self.twice = self.again = norm(C, axis_name="data", **options)
         self.below = Doubled(C, **options)
+        self.after = norm(C, **options)
         self.idle = norm(C, **options)
 
     def __call__(self, x, mask):
         y = self.twice(x, mask=mask)
         self.again(3 * x)
-        return self.below(y)
+        return self.after(self.below(y))
 
 
 def odd_linen(norm, batches):
@@ -385,24 +387,21 @@ def odd_linen(norm, batches):
     new = jaxbn.linen.population(
         model, variables, batches, call=lambda model, batch: model(*batch)
     )
-    return variables["params"]["twice"], variables["batch_stats"], new["batch_stats"]
+    return variables["params"], variables["batch_stats"], new["batch_stats"]
 
 
 def odd_nnx(norm, batches):
     model = NNXOdd(norm)
     nnx.update(model, randomize(np.random.default_rng(1), nnx.state(model)))
 
-    def stats(model):
-        layers = {name: vars(model)[name] for name in ("twice", "below", "idle")}
-        return {
-            n: nnx.to_pure_dict(nnx.state(m, nnx.BatchStat)) for n, m in layers.items()
-        }
+    def variables(kind):
+        layers = {n: getattr(model, n) for n in ("twice", "below", "after", "idle")}
+        return {n: nnx.to_pure_dict(nnx.state(m, kind)) for n, m in layers.items()}
 
-    before = stats(model)
+    before = variables(nnx.BatchStat)
     jaxbn.nnx.population(model, batches, call=lambda model, batch: model(*batch))
     assert model.again is model.twice
-    affine = {"scale": model.twice.scale[...], "bias": model.twice.bias[...]}
-    return affine, before, stats(model)
+    return variables(nnx.Param), before, variables(nnx.BatchStat)
 
 
 @pytest.mark.parametrize(
@@ -418,19 +417,24 @@ def test_shared_masked_inherited_and_unreached_layers(rng, run, norm):
     """Each call is a batch; axis names that the training step mapped say nothing."""
     batches = draw(rng, (8, 5))
     masks = [rng.integers(0, 2, size=(len(x), 1)).astype(bool) for x in batches]
-    affine, before, new = run(norm, list(zip(batches, masks, strict=True)))
-    scale, bias = (np.asarray(affine[n], np.float64) for n in ("scale", "bias"))
+    params, before, new = run(norm, list(zip(batches, masks, strict=True)))
+    params = jax.tree.map(lambda p: np.asarray(p, np.float64), params)
+
+    def apply(layer, x, rows):
+        x_hat = (x - rows.mean(0)) / np.sqrt(rows.var(0) + 1e-5)
+        return x_hat * params[layer]["scale"] + params[layer]["bias"]
+
+    batches = [x.astype(np.float64) for x in batches]
     kept = [x[m[:, 0]] for x, m in zip(batches, masks, strict=True)]
-    calls = [*kept, *(3 * x.astype(np.float64) for x in batches)]
-    got = new["twice"]
-    assert_stats((got["mean"], got["var"]), oracle(calls, "paper"), 1e-5)
-    inputs = [
-        (x - k.mean(0, np.float64)) / np.sqrt(k.var(0, np.float64) + 1e-5) * scale
-        + bias
-        for x, k in zip(batches, kept, strict=True)
-    ]
-    got = new["below"]
-    assert_stats((got["mean"], got["var"]), oracle(inputs, "paper"), 1e-5)
+    below = [apply("twice", x, rows) for x, rows in zip(batches, kept, strict=True)]
+    inputs = {
+        "twice": [*kept, *(3 * x for x in batches)],
+        "below": below,
+        "after": [2 * apply("below", x, x) for x in below],
+    }
+    for name, seen in inputs.items():
+        got = new[name]
+        assert_stats((got["mean"], got["var"]), oracle(seen, "paper"), 1e-5)
     assert_same(new["idle"], before["idle"], 0)
 
 
