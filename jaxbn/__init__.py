@@ -12,6 +12,7 @@ from ._batch_norm import batch_norm as batch_norm
 from ._folding import fold as fold
 from ._folding import inference_affine as inference_affine
 from ._init import init as init
+from ._population import population as population
 from ._variables import BatchNormParams as BatchNormParams
 from ._variables import BatchNormState as BatchNormState
 

@@ -80,10 +80,11 @@ def test_just_near_is_as_good_as_far(form, rng):
 @pytest.mark.parametrize("value", [0.0, 1e4 + 0.1, -3e7])
 def test_constant_channels_give_the_bias(form, value, rng):
     params, state = jaxbn.init(3)
-    params = params._replace(bias=jnp.asarray(rng.normal(size=3), jnp.float32))
+    bias = rng.normal(size=3).astype(np.float32)
+    params = params._replace(bias=jnp.asarray(bias))
     x = jnp.full((500, 3), value)
     y, new = jaxbn.batch_norm(params, state, x, True)
-    np.testing.assert_array_equal(y, np.tile(params.bias, (500, 1)))
+    np.testing.assert_array_equal(y, np.tile(bias, (500, 1)))
     assert np.all(np.asarray(new.var) >= 0)
 
 
@@ -175,6 +176,6 @@ def test_no_sum_writes_out_a_cast_of_x():
     _, vjp, _ = forward(params, x)
     step = jax.jit(forward).lower(params, x).compile().as_text()
     back = jax.jit(lambda vjp, dy: vjp(dy)).lower(vjp, x).compile().as_text()
-    for program in (step, back):
+    for program in (step or "", back or ""):
         entry = program[program.index("ENTRY") :]
         assert not re.search(r"= f32\[64,16,16,64\]", entry)

@@ -67,7 +67,8 @@ def test_public_names():
         for name, value in vars(jaxbn).items()
         if not name.startswith("_") and not isinstance(value, ModuleType)
     }
-    functions = {"batch_norm", "fold", "inference_affine", "init"}
-    assert public == functions | {"BatchNormParams", "BatchNormState"}
+    variables = {"BatchNormParams", "BatchNormState"}
+    functions = {"batch_norm", "fold", "inference_affine", "init", "population"}
+    assert public == variables | functions
     for name in public:
         assert getattr(jaxbn, name).__doc__.strip()

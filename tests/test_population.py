@@ -1,0 +1,836 @@
+"""Population statistics: of one layer, and of every layer in a linen or nnx model."""
+
+import itertools
+from functools import cache, partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import linen, nnx
+from flax.core import FrozenDict, freeze
+from flax_helpers import assert_same, randomize
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+from oracle import rows_first
+
+import jaxbn
+
+pytestmark = pytest.mark.usefixtures("standard_promotion")
+C = 3
+SIZES = (8, 8, 5, 1, 3)  # one batch has one row, and no variance
+VARIANCES = ("paper", "total")
+
+
+def oracle(batches, variance, axis=-1, weights=None):
+    """Mean and variance by the definitions, over all rows at once where it is total."""
+    rows = [rows_first(np.asarray(x, np.complex128), axis) for x in batches]
+    if weights is None:
+        weights = [np.ones_like(x, np.float64) for x in rows]
+    x, w = np.concatenate(rows), np.concatenate(weights)
+    mean = (w * x).sum(0) / w.sum(0)
+    if variance == "total":
+        return mean, (w * abs(x - mean) ** 2).sum(0) / (w.sum(0) - 1)
+    total, count = 0.0, 0.0
+    for x, w in zip(rows, weights, strict=True):
+        n = w.sum(0)
+        squares = (w * abs(x - (w * x).sum(0) / n) ** 2).sum(0)
+        total += np.where(n > 1, n * squares / np.where(n > 1, n - 1, 1), 0)
+        count += np.where(n > 1, n, 0)
+    return mean, total / count
+
+
+def draw(
+    rng, sizes=SIZES, features=C, loc=0.7, dtype: Any = np.float32
+) -> list[np.ndarray]:
+    """Batches whose means differ, so that the two variances do."""
+    return [
+        (loc + 2 * rng.normal(size=features) + 1.9 * rng.normal(size=(n, features)))
+        .astype(dtype)
+        for n in sizes
+    ]  # fmt: skip
+
+
+def variables_of(model, *arguments, **keywords) -> Any:
+    """Random ones, of the shapes that `init` would give: nothing is compiled."""
+    init = partial(model.init, jax.random.key(0), *arguments, **keywords)
+    return randomize(np.random.default_rng(1), jax.eval_shape(init))
+
+
+def assert_stats(actual, expected, tolerance):
+    for got, want in zip(actual, expected, strict=True):
+        atol = tolerance * abs(want).max()
+        np.testing.assert_allclose(got, want, rtol=0, atol=atol)
+
+
+# One layer.
+
+
+@pytest.mark.parametrize("variance", VARIANCES)
+@pytest.mark.parametrize(
+    ("axis", "shape"), [(-1, (2, C)), (1, (C, 4)), ((2, 1), (C, 4))]
+)
+def test_the_statistics_of_one_layer(rng, variance, axis, shape):
+    batches = [
+        (rng.normal(size=shape) + rng.normal(size=(n, *shape))).astype(np.float32)
+        for n in (4, 3)
+    ]
+    state = jaxbn.population(iter(batches), axis=axis, variance=variance)
+    assert_stats(state[:2], oracle(batches, variance, axis), 1e-6)
+    assert (state.count, state.count.dtype) == (2, jnp.int32)
+
+
+@pytest.mark.parametrize("variance", VARIANCES)
+def test_a_short_last_batch_counts_for_its_rows_and_one_row_in_the_mean(rng, variance):
+    batches = draw(rng)
+    state = jaxbn.population(batches, variance=variance)
+    assert_stats(state[:2], oracle(batches, variance), 1e-6)
+
+
+def test_batches_of_one_size_give_the_formula_of_the_paper(rng):
+    x = rng.normal(size=(6, 4, C))
+    state = jaxbn.population(x.astype(np.float32))
+    assert_stats(state[:2], (x.mean((0, 1)), 4 / 3 * x.var(1).mean(0)), 1e-6)
+
+
+@pytest.mark.parametrize("variance", VARIANCES)
+@pytest.mark.parametrize("kind", ["bool", "weights"])
+def test_masks(rng, variance, kind):
+    """What is masked may be NaN; a channel with one row in a batch has no variance."""
+    batches = draw(rng, (8, 8, 4))
+    weights = [rng.integers(0, 2, size=(len(x), 1)) * np.ones(C) for x in batches]
+    if kind == "weights":
+        weights = [w * rng.uniform(0.5, 2, size=w.shape) for w in weights]
+    weights[2] = np.array([[0, 1, 0, 0]]).T * np.ones(C)
+    expected = oracle(batches, variance, weights=weights)
+    holed = [np.where(w > 0, x, np.nan) for w, x in zip(weights, batches, strict=True)]
+    masks = [w > 0 if kind == "bool" else w.astype(np.float32) for w in weights]
+    state = jaxbn.population(zip(holed, masks, strict=True), variance=variance)
+    assert_stats(state[:2], expected, 1e-6)
+
+
+@pytest.mark.parametrize("variance", VARIANCES)
+def test_a_large_mean(rng, variance):
+    batches = [(1e4 + rng.normal(size=(256, C))).astype(np.float32) for _ in range(20)]
+    state = jaxbn.population(batches, variance=variance)
+    mean, var = oracle(batches, variance)
+    assert_stats(state[:1], (mean,), 1e-7)
+    # The means of the batches, in float32, are known to 5e-4.
+    assert_stats(state[1:2], (var,), 1e-5)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "kept", "tolerance"),
+    [("bfloat16", "float32", 1e-6), ("complex64", "complex64", 1e-6)],
+)
+def test_dtypes(rng, dtype, kept, tolerance):
+    batches = [jnp.asarray(x, dtype) for x in draw(rng, (8, 5))]
+    if dtype == "complex64":
+        batches = [x + 1j * x[::-1] ** 2 for x in batches]
+    state = jaxbn.population(batches)
+    assert (state.mean.dtype, state.var.dtype) == (kept, "float32")
+    assert_stats(state[:2], oracle(batches, "paper"), tolerance)
+
+
+@pytest.mark.usefixtures("x64")
+def test_float64(rng):
+    batches = [x.astype(np.float64) + 1e3 for x in draw(rng, (8, 5))]
+    state = jaxbn.population([batches[0].astype(np.float32), *batches[1:]])
+    assert (state.mean.dtype, state.var.dtype) == ("float64", "float64")
+    state = jaxbn.population(batches, variance="total")
+    assert_stats(state[:2], oracle(batches, "total"), 1e-11)
+
+
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+def test_sharded_batches(rng, kind):
+    mesh = Mesh(np.array(jax.devices()), "data", axis_types=(kind,))
+    batches = draw(rng, (16, 16, 8))
+    spread = jax.device_put(batches, NamedSharding(mesh, P("data")))
+    state = jaxbn.population(spread, variance="total")
+    assert_stats(state[:2], oracle(batches, "total"), 1e-6)
+
+
+def test_inference_by_it_is_inference_by_the_whole_data(rng):
+    batches = draw(rng)
+    params, _ = jaxbn.init(C)
+    state = jaxbn.population(batches, variance="total")
+    y, _ = jaxbn.batch_norm(params, state, np.concatenate(batches), train=False)
+    np.testing.assert_allclose(y.mean(0), 0, atol=1e-6)
+    np.testing.assert_allclose(y.var(0, ddof=1), 1, atol=2e-5)
+
+
+def test_a_bounded_number_of_batches_and_their_progress(rng):
+    """No batch more than asked is read, and a bar knows how many there will be."""
+    batches, seen = draw(rng), []
+
+    def progress(iterable):
+        seen.append(len(iterable))
+        return iterable
+
+    stream = iter(batches * 2)
+    state = jaxbn.population(stream, max_batches=2, progress=progress)
+    assert_stats(state[:2], oracle(batches[:2], "paper"), 1e-6)
+    assert len(list(stream)) == 8
+    for most in (3, 9):
+        jaxbn.population(batches, max_batches=most, progress=progress)
+    assert seen == [2, 3, 5]
+
+
+def test_batches_are_read_one_at_a_time(rng):
+    """A batch is dropped before the next but one is asked for."""
+    import weakref
+
+    alive = []
+
+    def stream():
+        for x in draw(rng, (4,) * 5):
+            assert sum(ref() is not None for ref in alive) <= 1
+            batch = jnp.array(x)
+            alive.append(weakref.ref(batch))
+            yield batch
+            del batch
+
+    jaxbn.population(stream())
+
+
+# Every layer of a model.
+
+
+def forward(params, x):
+    """What each of the two layers gets, each batch normalized by its own statistics."""
+    seen = []
+    for layer in ("first", "second"):
+        dense, norm = params[f"{layer}_dense"], params[f"{layer}_norm"]
+        x = x @ dense["kernel"] + dense["bias"]
+        seen.append(x)
+        x_hat = (x - x.mean(0)) / np.sqrt(x.var(0) + 1e-5)
+        x = np.tanh(x_hat * norm["scale"] + norm["bias"])
+    return seen
+
+
+def expected_stats(params, batches, variance):
+    params = jax.tree.map(lambda p: np.asarray(p, np.float64), params)
+    seen = [forward(params, np.asarray(x, np.float64)) for x in batches]
+    layers = zip(*seen, strict=True)
+    return [oracle(inputs, variance) for inputs in layers]
+
+
+class LinenMLP(linen.Module):
+    norm: Any = linen.BatchNorm
+    train: bool = False
+    momentum: float = 0.9
+
+    @linen.compact
+    def __call__(self, x):
+        for i, layer in enumerate(("first", "second")):
+            x = linen.Dense(C + i, name=f"{layer}_dense")(x)
+            norm = self.norm(momentum=self.momentum, name=f"{layer}_norm")
+            x = linen.tanh(norm(x, use_running_average=not self.train))
+        return x
+
+
+class NNXMLP(nnx.Module):
+    def __init__(self, norm: Any, train: bool = False, momentum: float = 0.9):
+        rngs = nnx.Rngs(0)
+        self.first_dense = nnx.Linear(C, C, rngs=rngs)
+        self.first_norm = norm(C, momentum=momentum, rngs=rngs)
+        self.second_dense = nnx.Linear(C, C + 1, rngs=rngs)
+        self.second_norm = norm(C + 1, momentum=momentum, rngs=rngs)
+        self.mode = not train
+
+    def __call__(self, x):
+        x = nnx.tanh(self.first_norm(self.first_dense(x), self.mode))
+        return nnx.tanh(self.second_norm(self.second_dense(x), self.mode))
+
+
+@cache
+def linen_model(norm, **options) -> Any:
+    model = LinenMLP(norm, **options)
+    return model, variables_of(model, jnp.ones((2, C)))
+
+
+def nnx_model(norm, **options) -> Any:
+    model = NNXMLP(norm, **options)
+    nnx.update(model, randomize(np.random.default_rng(1), nnx.state(model)))
+    return model
+
+
+def run_linen(norm, batches, options, **population) -> Any:
+    model, variables = linen_model(norm, **options)
+    new = jaxbn.linen.population(model, variables, batches, **population)
+    assert_same(new["params"], variables["params"], 0)
+    return new["params"], new["batch_stats"]
+
+
+def run_nnx(norm, batches, options, **population) -> Any:
+    model = nnx_model(norm, **options)
+    params = nnx.to_pure_dict(nnx.state(model, nnx.Param))
+    before = nnx.graphdef(model)
+    assert jaxbn.nnx.population(model, batches, **population) is None
+    assert nnx.graphdef(model) == before
+    assert_same(nnx.to_pure_dict(nnx.state(model, nnx.Param)), params, 0)
+    return params, nnx.to_pure_dict(nnx.state(model, nnx.BatchStat))
+
+
+MODELS = {
+    "linen ours": partial(run_linen, jaxbn.linen.BatchNorm),
+    "linen Flax": partial(run_linen, linen.BatchNorm),
+    "nnx ours": partial(run_nnx, jaxbn.nnx.BatchNorm),
+    "nnx Flax": partial(run_nnx, nnx.BatchNorm),
+}
+
+FLAX = [MODELS["linen Flax"], MODELS["nnx Flax"]]
+
+
+def assert_model(result, batches, variance="paper", tolerance=1e-5):
+    params, stats = result
+    expected = expected_stats(params, batches, variance)
+    for name, want in zip(("first_norm", "second_norm"), expected, strict=True):
+        got = stats[name]
+        assert set(got) == {"mean", "var"}
+        assert (got["mean"].dtype, got["var"].dtype) == ("float32", "float32")
+        assert_stats((got["mean"], got["var"]), want, tolerance)
+
+
+@pytest.mark.parametrize("variance", VARIANCES)
+@pytest.mark.parametrize("name", MODELS)
+def test_each_batch_is_normalized_by_its_own_in_every_layer(rng, name, variance):
+    """Neither the mode, nor momentum, nor the statistics that were there matter."""
+    batches = draw(rng, (8, 8, 5))
+    options = {"train": True, "momentum": 1.0} if "ours" in name else {}
+    result = MODELS[name](batches, options, variance=variance)
+    assert_model(result, batches, variance)
+
+
+@pytest.mark.parametrize("run", FLAX)
+def test_a_large_mean_in_a_model(rng, run):
+    """Which Flax's own variance would miss: the pass computes as jaxbn does."""
+    batches = draw(rng, (64, 64), loc=1e4)
+    assert_model(run(batches, {}), batches, tolerance=1e-3)
+
+
+@pytest.mark.parametrize("run", FLAX)
+def test_sharded_batches_of_a_model(rng, run):
+    batches = draw(rng, (16, 16))
+    mesh = Mesh(np.array(jax.devices()), "data")
+    spread = jax.device_put(batches, NamedSharding(mesh, P("data")))
+    assert_model(run(spread, {}), batches)
+
+
+@pytest.mark.parametrize("run", FLAX)
+def test_calls_bounds_and_progress(rng, run):
+    """Batches of any structure, each shape compiled once, in later calls as well."""
+    batches, traced, bars = draw(rng, (8, 8, 8, 5)), [], []
+
+    def call(model, batch):
+        traced.append(batch["image"].shape)
+        return model(batch["image"])
+
+    def progress(iterable):
+        bars.append(len(iterable))
+        return iterable
+
+    stream = [{"image": x, "label": np.arange(len(x))} for x in batches]
+    assert_model(run(stream, {}, call=call), batches)
+    options = {"call": call, "max_batches": 2, "progress": progress}
+    assert_model(run(stream, {}, **options), batches[:2])
+    assert traced == [(8, C), (5, C)]
+    assert bars == [2]
+
+
+class LinenOdd(linen.Module):
+    """One layer called twice, with masks; one below a subclass; one not reached."""
+
+    norm: Any
+
+    def setup(self):
+        class Doubled(self.norm):
+            @linen.compact
+            def __call__(self, x, use_running_average=None, *, mask=None):
+                return 2 * super().__call__(x, use_running_average, mask=mask)
+
+        self.twice = self.norm(use_running_average=True, axis_name="data")
+        self.below = Doubled(use_running_average=True)
+        self.after = self.norm(use_running_average=True)
+        self.idle = self.norm(use_running_average=True)
+
+    def __call__(self, x, mask, everything=False):
+        y = self.twice(x, mask=mask)
+        self.twice(3 * x)
+        return self.after(self.below(y)) + (self.idle(x) if everything else 0)
+
+
+class NNXOdd(nnx.Module):
+    def __init__(self, norm):
+        class Doubled(norm):
+            def __call__(self, x, use_running_average=None, *, mask=None):
+                return 2 * super().__call__(x, use_running_average, mask=mask)
+
+        options = {"rngs": nnx.Rngs(0), "use_running_average": True}
+        self.twice = self.again = norm(C, axis_name="data", **options)
+        self.below = Doubled(C, **options)
+        self.after = norm(C, **options)
+        self.idle = norm(C, **options)
+
+    def __call__(self, x, mask):
+        y = self.twice(x, mask=mask)
+        self.again(3 * x)
+        return self.after(self.below(y))
+
+
+def odd_linen(norm, batches):
+    model = LinenOdd(norm)
+    x, mask = batches[0]
+    variables = variables_of(model, x, mask, everything=True)
+    new = jaxbn.linen.population(
+        model, variables, batches, call=lambda model, batch: model(*batch)
+    )
+    return variables["params"], variables["batch_stats"], new["batch_stats"]
+
+
+def odd_nnx(norm, batches):
+    model = NNXOdd(norm)
+    nnx.update(model, randomize(np.random.default_rng(1), nnx.state(model)))
+
+    def variables(kind):
+        layers = {n: getattr(model, n) for n in ("twice", "below", "after", "idle")}
+        return {n: nnx.to_pure_dict(nnx.state(m, kind)) for n, m in layers.items()}
+
+    before = variables(nnx.BatchStat)
+    jaxbn.nnx.population(model, batches, call=lambda model, batch: model(*batch))
+    assert model.again is model.twice
+    return variables(nnx.Param), before, variables(nnx.BatchStat)
+
+
+@pytest.mark.parametrize(
+    ("run", "norm"),
+    [
+        (odd_linen, linen.BatchNorm),
+        (odd_linen, jaxbn.linen.BatchNorm),
+        (odd_nnx, nnx.BatchNorm),
+        (odd_nnx, jaxbn.nnx.BatchNorm),
+    ],
+)
+def test_shared_masked_inherited_and_unreached_layers(rng, run, norm):
+    """Each call is a batch; axis names that the training step mapped say nothing."""
+    batches = draw(rng, (8, 8))
+    masks = [rng.integers(0, 2, size=(len(x), 1)).astype(bool) for x in batches]
+    params, before, new = run(norm, list(zip(batches, masks, strict=True)))
+    params = jax.tree.map(lambda p: np.asarray(p, np.float64), params)
+
+    def apply(layer, x, rows):
+        x_hat = (x - rows.mean(0)) / np.sqrt(rows.var(0) + 1e-5)
+        return x_hat * params[layer]["scale"] + params[layer]["bias"]
+
+    batches = [x.astype(np.float64) for x in batches]
+    kept = [x[m[:, 0]] for x, m in zip(batches, masks, strict=True)]
+    below = [apply("twice", x, rows) for x, rows in zip(batches, kept, strict=True)]
+    inputs = {
+        "twice": [*kept, *(3 * x for x in batches)],
+        "below": below,
+        "after": [2 * apply("below", x, x) for x in below],
+    }
+    for name, seen in inputs.items():
+        got = new[name]
+        assert_stats((got["mean"], got["var"]), oracle(seen, "paper"), 1e-5)
+    assert_same(new["idle"], before["idle"], 0)
+
+
+@pytest.mark.parametrize("variance", VARIANCES)
+def test_a_channel_that_no_mask_leaves_stays_as_it_was(rng, variance):
+    mask, batches = np.array([True, False, True]), draw(rng, (8, 8))
+    model = linen.BatchNorm(use_running_average=True)
+    variables = variables_of(model, batches[0])
+    new: Any = jaxbn.linen.population(
+        model,
+        variables,
+        batches,
+        variance=variance,
+        call=lambda model, x: model(x, mask=mask),
+    )
+    old = variables["batch_stats"]
+    for name, want in zip(("mean", "var"), oracle(batches, variance), strict=True):
+        want = np.where(mask, want.real, old[name])
+        np.testing.assert_allclose(new["batch_stats"][name], want, rtol=1e-5)
+
+
+def test_layers_that_count_batches_hold_their_number(rng):
+    """So that training with `momentum=None` goes on from an average of so many."""
+    batches = draw(rng, (8, 8, 8))
+    model = jaxbn.linen.BatchNorm(momentum=None)
+    variables = variables_of(model, batches[0], False)
+    new = jaxbn.linen.population(model, variables, batches)
+    assert_same(new["batch_stats"]["count"], jnp.int32(3), 0)
+    layer = jaxbn.nnx.BatchNorm(C, momentum=None, rngs=nnx.Rngs(0))
+    jaxbn.nnx.population(layer, batches)
+    assert_same(layer.count[...], jnp.int32(3), 0)
+
+
+@pytest.mark.parametrize("kind", [dict, FrozenDict])
+def test_containers_collections_dtypes_and_places_stay(rng, kind):
+    batches = draw(rng, (8, 8))
+    model = jaxbn.linen.BatchNorm(
+        True, param_dtype=jnp.bfloat16, force_float32_reductions=False
+    )
+    mesh = Mesh(np.array(jax.devices()), "data")
+    variables = variables_of(model, batches[0])
+    variables = jax.device_put(variables, NamedSharding(mesh, P()))
+    other = {"other": {"value": jnp.arange(3), "empty": {}}}
+    variables = kind(variables | other)
+    new = jaxbn.linen.population(model, variables, batches)
+    assert jax.tree.structure(new) == jax.tree.structure(variables)
+    assert new["params"]["scale"] is variables["params"]["scale"]
+    assert new["other"]["value"] is variables["other"]["value"]
+    for leaf in jax.tree.leaves(new["batch_stats"]):
+        assert leaf.dtype == jnp.bfloat16
+        assert leaf.sharding == NamedSharding(mesh, P())
+    frozen = {**variables, "batch_stats": freeze(dict(variables["batch_stats"]))}
+    new = jaxbn.linen.population(model, frozen, batches)
+    assert jax.tree.structure(new) == jax.tree.structure(frozen)
+
+
+# Transformations inside a model.
+
+
+class Block(linen.Module):
+    norm: Any
+
+    @linen.compact
+    def __call__(self, x, *_):
+        self.sow("intermediates", "seen", x)
+        y = linen.tanh(linen.Dense(C)(self.norm(use_running_average=True)(x)))
+        return y, y.mean()
+
+
+STACKED: dict[str, Any] = {
+    "variable_axes": {"params": 0, "batch_stats": 0},
+    "split_rngs": {"params": True},
+}
+SHARED: dict[str, Any] = {"split_rngs": {"params": False}}
+LIFTS: dict[str, Any] = {
+    "jit": linen.jit,
+    "remat": linen.remat,
+    "vmap": partial(linen.vmap, **STACKED),
+    "vmap sync": partial(
+        linen.vmap, variable_axes={"params": None, "batch_stats": None}, **SHARED,
+        axis_name="batch",
+    ),
+    "scan layers": partial(linen.scan, **STACKED, length=3),
+    "scan carry": partial(
+        linen.scan, variable_broadcast="params", variable_carry="batch_stats",
+        **SHARED, length=3,
+    ),
+}  # fmt: skip
+
+
+def block_inputs(lift, variables, x) -> list[list[np.ndarray]]:
+    """What each set of statistics sees of one batch, by the blocks one after another.
+
+    A list of calls for every set; sets along the stacked axis.
+    """
+    as64 = partial(jax.tree.map, lambda p: np.asarray(p, np.float64))
+    params, x = as64(variables["params"]), np.asarray(x, np.float64)
+
+    def block(params, x):
+        norm, dense = params["BatchNorm_0"], params["Dense_0"]
+        axes = tuple(range(x.ndim - 1))
+        x = (x - x.mean(axes)) / np.sqrt(x.var(axes) + 1e-5)
+        x = x * norm["scale"] + norm["bias"]
+        return np.tanh(x @ dense["kernel"] + dense["bias"])
+
+    if lift == "vmap":
+        return [[each] for each in x]
+    if "scan" not in lift:
+        return [[x]]
+    seen = []
+    for i in range(3):
+        seen.append(x)
+        stacked = lift == "scan layers"
+        x = block(jax.tree.map(lambda p: p[i], params) if stacked else params, x)  # noqa: B023
+    return [[x] for x in seen] if lift == "scan layers" else [seen]
+
+
+NORMS = itertools.cycle((linen.BatchNorm, jaxbn.linen.BatchNorm))
+
+
+@pytest.mark.parametrize(("lift", "norm"), list(zip(LIFTS, NORMS, strict=False)))
+def test_lifted_transformations(lift, norm, rng):
+    norm = partial(norm, axis_name="batch" if lift == "vmap sync" else "data")
+    shape = (3, 8, C) if "vmap" in lift else (8, C)
+    batches = [rng.normal(size=shape).astype(np.float32) for _ in range(2)]
+    model = LIFTS[lift](Block)(norm)
+    made = (
+        Block(norm) if lift == "scan carry" else model
+    )  # it can't make what it carries
+    variables: Any = variables_of(made, batches[0])
+    new: Any = jaxbn.linen.population(model, variables, batches)
+    assert jax.tree.structure(new) == jax.tree.structure(variables)
+    seen = [block_inputs(lift, variables, x) for x in batches]
+    sets = [list(itertools.chain(*calls)) for calls in zip(*seen, strict=True)]
+    expected = [
+        np.stack(a) for a in zip(*(oracle(s, "paper") for s in sets), strict=True)
+    ]
+    (stats,) = new["batch_stats"].values()
+    got = [np.reshape(stats[name], (-1, C)) for name in ("mean", "var")]
+    assert_stats(got, expected, 1e-5)
+
+
+@linen.jit
+class Compiled(linen.Module):
+    """Its class is compiled, once for all its instances."""
+
+    @linen.compact
+    def __call__(self, x):
+        return linen.BatchNorm(use_running_average=False)(x)
+
+
+def test_compiled_classes_are_traced_anew_in_the_pass_and_after_it(rng):
+    (x,) = draw(rng, (8,))
+    model = Compiled()
+    variables = variables_of(model, x)
+    step = partial(model.apply, mutable=["batch_stats"])
+    before = step(variables, x)
+    new: Any = jaxbn.linen.population(model, variables, [x])
+    (stats,) = new["batch_stats"].values()
+    assert_stats((stats["mean"], stats["var"]), oracle([x], "paper"), 1e-5)
+    assert_same(step(variables, x), before, 0)
+
+
+def test_inside_replace_batch_norm(rng):
+    batches = draw(rng, (8, 8))
+    with jaxbn.linen.replace_batch_norm():
+        assert_model(run_linen(linen.BatchNorm, batches, {}), batches)
+
+
+def test_fields_that_cannot_be_hashed(rng):
+    class Weighted(linen.Module):
+        weights: Any
+
+        @linen.compact
+        def __call__(self, x):
+            return linen.BatchNorm(use_running_average=True)(x * self.weights)
+
+    batches = draw(rng, (8, 8))
+    weights = rng.normal(size=(1, C)).astype(np.float32)
+    model = Weighted(weights)
+    variables = variables_of(model, batches[0])
+    new = jaxbn.linen.population(model, variables, batches)
+    stats = new["batch_stats"]["BatchNorm_0"]
+    expected = oracle([x * weights for x in batches], "paper")
+    assert_stats((stats["mean"], stats["var"]), expected, 1e-5)
+
+
+class Stack(nnx.Module):
+    """Layers whose Variables are stacked, and scanned or mapped over."""
+
+    def __init__(self, norm, lift):
+        @nnx.vmap(in_axes=0, out_axes=0)
+        def make(key):
+            return norm(C, rngs=nnx.Rngs(key), use_running_average=True)
+
+        self.norm, self.lift = make(jax.random.split(jax.random.key(0), 3)), lift
+
+    def __call__(self, x):
+        if self.lift == "scan":
+            axes = {"in_axes": (0, nnx.Carry), "out_axes": nnx.Carry}
+            return nnx.scan(lambda norm, x: 2 * norm(x), **axes)(self.norm, x)
+        axes = nnx.StateAxes({nnx.Param: 0, nnx.BatchStat: 0})
+        run = nnx.vmap(lambda norm, x: norm(x), in_axes=(axes, None))
+        return nnx.jit(run)(self.norm, x) if self.lift == "jit" else run(self.norm, x)
+
+
+@pytest.mark.parametrize(
+    ("lift", "norm"),
+    [("scan", nnx.BatchNorm), ("vmap", jaxbn.nnx.BatchNorm), ("jit", nnx.BatchNorm)],
+)
+def test_nnx_transformations(lift, norm, rng):
+    batches, model = draw(rng, (8, 8)), Stack(norm, lift)
+    jaxbn.nnx.population(model, batches)
+    sets = [batches] * 3
+    if lift == "scan":
+        sets = []
+        x = [np.asarray(b, np.float64) for b in batches]
+        for _ in range(3):
+            sets.append(x)
+            x = [2 * (b - b.mean(0)) / np.sqrt(b.var(0) + 1e-5) for b in x]
+    expected = [
+        np.stack(a) for a in zip(*(oracle(s, "paper") for s in sets), strict=True)
+    ]
+    assert_stats((model.norm.mean[...], model.norm.var[...]), expected, 1e-5)
+
+
+def test_lists_of_modules_and_dropout_are_left_as_they_are(rng):
+    batches = draw(rng, (8, 8))
+    norm = nnx.BatchNorm(C, rngs=nnx.Rngs(0))
+    models = [norm, nnx.Dropout(0.5, rngs=nnx.Rngs(1)), norm]
+    jaxbn.nnx.population(models, batches, call=lambda m, x: m[1](m[0](x)))
+    assert_stats((norm.mean[...], norm.var[...]), oracle(batches, "paper"), 1e-5)
+    assert models[1].rngs.count[...] == 0
+
+
+@pytest.mark.usefixtures("x64")
+def test_wide_batches_keep_the_dtype_of_the_statistics(rng):
+    """A scan that carries the statistics must find their dtypes again."""
+    batches = draw(rng, (8, 8), dtype=np.float64)
+    model = LIFTS["scan carry"](Block)(linen.BatchNorm)
+    variables = variables_of(Block(linen.BatchNorm), batches[0])
+    new: Any = jaxbn.linen.population(model, variables, batches)
+    assert {a.dtype for a in jax.tree.leaves(new)} == {jnp.dtype("float32")}
+
+
+def test_complex_batches(rng):
+    batches = [x + 1j * x[::-1] ** 2 for x in draw(rng, (8, 8))]
+    expected = oracle(batches, "total")
+    model = jaxbn.linen.BatchNorm(True)
+    variables = variables_of(model, batches[0])
+    stats = jaxbn.linen.population(model, variables, batches, variance="total")
+    stats = stats["batch_stats"]
+    assert (stats["mean"].dtype, stats["var"].dtype) == ("complex64", "float32")
+    assert_stats((stats["mean"], stats["var"]), expected, 1e-5)
+    layer = jaxbn.nnx.BatchNorm(C, rngs=nnx.Rngs(0))
+    jaxbn.nnx.population(layer, batches, variance="total")
+    assert_stats((layer.mean[...], layer.var[...]), expected, 1e-5)
+
+
+# Use.
+
+
+def test_averaged_weights(rng):
+    """Of an average by optax, the statistics are those of the averaged network."""
+    batches = draw(rng, (8, 8, 5))
+    model, variables = linen_model(linen.BatchNorm)
+    average = optax.ema(0.5)
+    trained = [randomize(rng, variables["params"]) for _ in range(3)]
+    params, state = trained[0], average.init(trained[0])
+    for params in trained:
+        params, state = average.update(params, state)
+    averaged = {**variables, "params": params}
+    new: Any = jaxbn.linen.population(model, averaged, batches)
+    assert_model((new["params"], new["batch_stats"]), batches)
+    y, stale = (jax.jit(model.apply)(v, batches[0]) for v in (new, averaged))
+    assert float(abs(y - stale).max()) > 0.1
+
+
+# What is refused, with the model as it was.
+
+
+def endless():
+    while True:
+        yield np.ones((4, C), np.float32)
+
+
+def one_row(rng):
+    return draw(rng, (1, 1))
+
+
+X = np.arange(24, dtype=np.float32).reshape(8, C)
+MORE = np.ones((4, C + 1), np.float32)
+NAN = np.where(X == 5, np.nan, X)
+BATCHES: dict[str, Any] = {
+    "none": ([], {}, ValueError, "at least one batch; got none.*generator"),
+    "no numbers": (
+        [X, np.array(["a"])], {}, TypeError, "that JAX knows; got ndarray of <U1",
+    ),
+    "objects": ([X, np.array([None])], {}, TypeError, "got ndarray of object"),
+    "strings": ([X, "file.npy"], {}, TypeError, "got str of no dtype"),
+    "one row each": (
+        [X[:1], X[1:2]], {}, ValueError,
+        "'paper' needs more than one row of a channel in one batch; got none such for "
+        "3 of 3 channels of .*, or 'total'",
+    ),
+    "one row": (
+        [X[:1]], {"variance": "total"}, ValueError,
+        r"'total' needs more than one row of a channel in all .*larger batches\.",
+    ),
+    "nan": ([X, NAN], {}, ValueError, "must be finite; got inf or NaN for .* channels"),
+    "variance": ([X], {"variance": "unbiased"}, ValueError, r"one of \('paper', 'tot"),
+    "bound": ([X], {"max_batches": 0}, ValueError, "at least 1; got 0"),
+    "bound kind": ([X], {"max_batches": 1.5}, TypeError, "an int, or None.*got 1.5"),
+}  # fmt: skip
+
+
+def refuse_core(batches, options, error, match):
+    with pytest.raises(error, match=match):
+        jaxbn.population(iter(batches), **options)
+
+
+def refuse_linen(batches, options, error, match):
+    model = linen.BatchNorm(use_running_average=True)
+    variables = variables_of(model, X)
+    before = jax.tree.map(np.array, variables)
+    with pytest.raises(error, match=match):
+        jaxbn.linen.population(model, variables, iter(batches), **options)
+    assert_same(variables, before, 0)
+
+
+def refuse_nnx(batches, options, error, match):
+    model = nnx.BatchNorm(C, rngs=nnx.Rngs(0))
+    before = jax.tree.map(np.array, nnx.to_pure_dict(nnx.state(model)))
+    with pytest.raises(error, match=match):
+        jaxbn.nnx.population(model, iter(batches), **options)
+    assert type(model) is nnx.BatchNorm
+    assert_same(nnx.to_pure_dict(nnx.state(model)), before, 0)
+
+
+@pytest.mark.parametrize("refuse", [refuse_core, refuse_linen, refuse_nnx])
+@pytest.mark.parametrize("case", BATCHES)
+def test_bad_input(refuse, case):
+    refuse(*BATCHES[case])
+
+
+@pytest.mark.parametrize("refuse", [refuse_core, refuse_linen, refuse_nnx])
+def test_batches_with_other_features(refuse):
+    message = r"same features, here \(3,\); got a batch with \(4,\)\. Pass axis="
+    refuse([X, MORE], {}, ValueError, message)
+
+
+def test_integers_and_channels_without_a_row():
+    refuse_core(
+        [X.astype(int)], {}, TypeError, "x must be floating or complex; got int"
+    )
+    mask = np.array([True, False, True])
+    message = "every channel must have a row in some batch; got none in 1 of 3"
+    refuse_core([(X, mask)], {}, ValueError, message)
+    refuse_core([X[:0]], {}, ValueError, "got none in 3 of 3")
+
+
+def test_an_error_names_the_layer(rng):
+    model, variables = linen_model(linen.BatchNorm)
+    with pytest.raises(ValueError, match="channels of layer 'first_norm'"):
+        jaxbn.linen.population(model, variables, [X, NAN])
+    model = nnx_model(nnx.BatchNorm)
+    before = nnx.to_pure_dict(nnx.state(model))
+    with pytest.raises(ValueError, match="channels of layer 'first_norm'"):
+        jaxbn.nnx.population(model, [X, NAN])
+    assert_same(nnx.to_pure_dict(nnx.state(model)), before, 0)
+
+
+def test_models_without_batch_norm():
+    with pytest.raises(ValueError, match="batch_stats of a batch norm layer; got none"):
+        jaxbn.linen.population(linen.Dense(2), {"params": {}}, [X])
+    with pytest.raises(ValueError, match="a model with a batch norm layer; got none"):
+        jaxbn.nnx.population(nnx.Linear(C, 2, rngs=nnx.Rngs(0)), [X])
+
+
+def test_layers_that_no_batch_reaches():
+    match = "a batch norm layer that the batches reach; got none"
+    model = linen.BatchNorm(use_running_average=True)
+    variables = variables_of(model, X)
+    with pytest.raises(ValueError, match=match):
+        jaxbn.linen.population(model, variables, [X], call=lambda model, x: x)
+    layer = nnx.BatchNorm(C, rngs=nnx.Rngs(0))
+    with pytest.raises(ValueError, match=match):
+        jaxbn.nnx.population(layer, [X], call=lambda model, x: x)
+
+
+def test_errors_of_the_stream_and_of_the_model_pass_through():
+    def stream():
+        yield X
+        raise KeyError("broken file")
+
+    refuse_nnx(stream(), {}, KeyError, "broken file")
+    refuse_linen(stream(), {}, KeyError, "broken file")
+    options = {"call": lambda model, x: model(x[0])}
+    refuse_nnx([MORE], options, (ValueError, TypeError), "4")
