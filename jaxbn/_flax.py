@@ -14,9 +14,10 @@ from jax.typing import ArrayLike, DTypeLike
 
 from ._axes import Axes
 from ._batch_norm import Options, apply
-from ._checks import check_axis, check_layers, check_mask, check_same_features
+from ._checks import check_axis, check_mask
 from ._dtypes import widen
 from ._population import Tally, add, cast, statistics, tally
+from ._population_checks import check_layers, check_same_features
 from ._variables import BatchNormParams, BatchNormState
 
 

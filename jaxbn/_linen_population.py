@@ -12,10 +12,10 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jax import Array
 from jax.typing import ArrayLike
 
-from ._checks import check_layers, check_variance
 from ._flax import absorb_call, as_inexact, mapped_names, recomputed
 from ._linen_layer import BatchNorm, compute
 from ._population import Tally, no_tally, tallies
+from ._population_checks import check_layers, check_variance
 
 
 def population(

@@ -9,10 +9,10 @@ from flax import nnx
 from jax import Array
 from jax.typing import ArrayLike
 
-from ._checks import check_layers, check_variance
 from ._flax import absorb_call, as_inexact, mapped_names, recomputed
 from ._nnx_layer import BatchNorm, batch_norms, set_class
 from ._population import Tally, no_tally, tallies
+from ._population_checks import check_layers, check_variance
 
 
 def _call_model(model: Any, batch: Any) -> Any:

@@ -16,12 +16,13 @@ import numpy as np
 from jax import Array
 
 from ._axes import Axes, gather, reduced_axes
-from ._checks import (
-    check_axis,
+from ._checks import check_axis, check_input, check_mask
+from ._dtypes import real_dtype, widen
+from ._moments import moments
+from ._placement import shard_like
+from ._population_checks import (
     check_batch,
     check_finite,
-    check_input,
-    check_mask,
     check_max_batches,
     check_rows,
     check_same_features,
@@ -29,9 +30,6 @@ from ._checks import (
     check_variance,
     check_varied,
 )
-from ._dtypes import real_dtype, widen
-from ._moments import moments
-from ._placement import shard_like
 from ._rows import per_row
 from ._sync import merge
 from ._variables import BatchNormState
