@@ -99,6 +99,18 @@ def product_sums(dy: Array, x: Array, mean: Array, var: Array, axes: Axes) -> Pa
     )
 
 
+def ready(*vectors: Array) -> tuple[Array, ...]:
+    """`vectors`, computed before the pass over x that they are for.
+
+    XLA:CPU computes what it fuses with a broadcast again for every value.
+    """
+
+    def cpu(*vectors: Array) -> tuple[Array, ...]:
+        return lax.optimization_barrier(vectors)
+
+    return lax.platform_dependent(*vectors, cpu=cpu, default=lambda *v: v)
+
+
 def _on_platform(*arrays: Array, **forms: Callable[..., Any]) -> Any:
     """The platform's form of a sum; of few values everywhere the default one."""
     size = arrays[0].size  # of symbols, under jax.export

@@ -13,7 +13,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Inexact, Real
 
 from ._axes import Axes
-from ._channel_sums import shifted_sums
+from ._channel_sums import ready, shifted_sums
 from ._dtypes import real_dtype
 from ._placement import vary_alike
 from ._rows import count_rows, per_row
@@ -94,7 +94,8 @@ def _closed_form_bwd(axes, residuals, cotangents):
     x, weights, mean = residuals
     dmean, dm2 = cotangents
     count = count_rows(x, weights, axes)
-    dx = per_row(dmean, count) + 2 * dm2 * (x.astype(mean.dtype) - mean)
+    mean, offset, slope = ready(mean, per_row(dmean, count), 2 * dm2)
+    dx = offset + slope * (x.astype(mean.dtype) - mean)
     if weights is not None:
         dx = jnp.where(weights != 0, weights * dx, 0)
     return dx, None, None

@@ -13,7 +13,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Float, Inexact
 
 from ._axes import Axes
-from ._channel_sums import product_sums
+from ._channel_sums import product_sums, ready
 from ._dtypes import real_dtype
 from ._placement import vary_alike
 
@@ -45,10 +45,9 @@ def normalize(
 
 def _formula(x, mean, var, scale, bias, epsilon, dtype):
     # x - μ first: x·a - μ·a cancels where |μ| is large beside σ.
-    deviation = x.astype(mean.dtype) - mean
-    return (
-        deviation * (inverse_std(var, epsilon).astype(scale.dtype) * scale) + bias
-    ).astype(dtype)
+    factor = inverse_std(var, epsilon).astype(scale.dtype) * scale
+    mean, factor, bias = ready(mean, factor, bias)
+    return ((x.astype(mean.dtype) - mean) * factor + bias).astype(dtype)
 
 
 def inverse_std(var: Array, epsilon: float) -> Array:
@@ -86,7 +85,8 @@ def _closed_form_bwd(epsilon, axes, dtype, residuals, dy):
     dscale = inv_std * products
     dvar = -0.5 * scale * dscale * inv_std * inv_std  # this order: inv_std³ underflows
     dmean = -scale * inv_std * dbias
-    dx = scale * inv_std * dy.astype(mean.dtype)
+    (factor,) = ready(scale * inv_std)
+    dx = factor * dy.astype(mean.dtype)
     return dx, None, dmean, dvar, dscale, dbias
 
 
