@@ -25,11 +25,11 @@ from jax import Array, lax
 from jax.typing import DTypeLike
 from rich.console import Console
 from rich.progress import track
-from rich.table import Table
 
 import jaxbn
 import jaxbn.linen
 
+from ._report import Table
 from ._resnet import ResNet50, step_arguments, train_step
 from ._topology import LIBRARY, Chip, describe
 
@@ -166,25 +166,30 @@ def _track(cases: list) -> Any:
 
 def layer_table(rows: list[dict[str, Any]], chip: str) -> Table:
     """One line for a layer, jaxbn's figure before flax's in each cell."""
-    columns = Passes._fields
-    table = Table("x", "dtype", "ReLU", *(name.replace("_", " ") for name in columns))
-    table.title = f"{chip}: passes over x, and temporary memory in units of x"
-    table.caption = "jaxbn / flax"
-    for ours, theirs in zip(rows[::2], rows[1::2], strict=True):
-        name = " × ".join(map(str, ours["shape"]))
-        cells = (f"{ours[column]:.2f} / {theirs[column]:.2f}" for column in columns)
-        table.add_row(name, ours["dtype"], "yes" if ours["relu"] else "", *cells)
-    return table
+    columns = {
+        "forward": "forward",
+        "backward": "backward",
+        "apart": "backward apart",
+        "both_temporary": "temporary",
+    }
+    lines = [
+        ["x".join(map(str, ours["shape"])), ours["dtype"], "yes" * ours["relu"]]
+        + [f"{ours[column]:.2f} / {theirs[column]:.2f}" for column in columns]
+        for ours, theirs in zip(rows[::2], rows[1::2], strict=True)
+    ]
+    title = f"{chip}: passes over x, and temporary memory in units of x, jaxbn / flax"
+    return Table(title, ["x", "dtype", "ReLU", *columns.values()], lines)
 
 
 def step_table(rows: list[dict[str, Any]], chip: str) -> Table:
     """One line for each step of ResNet-50."""
-    table = Table("dtype", "batch norm", "GB moved", "GB temporary")
-    table.title = f"{chip}: one training step of ResNet-50, batch {BATCH}"
-    for row in rows:
-        figures = (f"{row[name]:.2f}" for name in ("traffic", "temporary"))
-        table.add_row(row["dtype"], row["norm"], *figures)
-    return table
+    lines = [
+        [row["dtype"], row["norm"]]
+        + [f"{row[name]:.2f}" for name in ("traffic", "temporary")]
+        for row in rows
+    ]
+    title = f"{chip}: one training step of ResNet-50, batch {BATCH}"
+    return Table(title, ["dtype", "batch norm", "GB moved", "GB temporary"], lines)
 
 
 def versions(chip: str) -> dict[str, str]:
@@ -195,24 +200,28 @@ def versions(chip: str) -> dict[str, str]:
 
 
 def main() -> None:
-    """Count, print, and write `aot-<platform>.json`."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    """Count, print, and write `aot-<platform>.json` and its tables."""
+    parser = argparse.ArgumentParser("python -m benchmarks.aot", description=__doc__)
     parser.add_argument("--platform", choices=tuple(LIBRARY), required=True)
     parser.add_argument("--quick", action="store_true", help="without the ResNet-50")
-    here = Path(__file__).parent / "output"
+    here = Path(__file__).parent / "results"
     parser.add_argument("--output", type=Path, default=here, help="where results go")
     args = parser.parse_args()
     chip, console = describe(args.platform), Console()
     layers = count_layers(chip)
-    console.print(layer_table(layers, args.platform))
+    tables = [layer_table(layers, args.platform)]
+    console.print(tables[0].rich())
     steps = [] if args.quick else count_steps(chip)
     if steps:
-        console.print(step_table(steps, args.platform))
+        tables.append(step_table(steps, args.platform))
+        console.print(tables[1].rich())
     args.output.mkdir(parents=True, exist_ok=True)
     results = {"versions": versions(args.platform), "layers": layers, "steps": steps}
-    path = args.output / f"aot-{args.platform}.json"
-    path.write_text(json.dumps(results, indent=1))
-    print(f"Figures: {path}")
+    name = f"aot-{args.platform}"
+    (args.output / f"{name}.json").write_text(json.dumps(results, indent=1))
+    page = "\n".join(table.markdown() for table in tables)
+    (args.output / f"{name}.md").write_text(page)
+    print(f"Figures: {name}.json and {name}.md in {args.output}")
 
 
 if __name__ == "__main__":
