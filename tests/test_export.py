@@ -56,7 +56,7 @@ def shapes(rng, rows):
     return *jax.eval_shape(lambda: variables(rng)), x
 
 
-def export_for(platforms, function, rng, rows=ROWS):
+def export_for(platforms, function, rng, rows: int | str = ROWS):
     return export.export(jax.jit(function), platforms=platforms)(*shapes(rng, rows))
 
 
@@ -168,6 +168,7 @@ def test_a_program_for_one_platform_has_one_form(platform, rows, rng):
 
 def test_a_cpu_that_loads_the_common_program_compiles_its_own_form(rng):
     loaded = export.deserialize(export_for(PLATFORMS, train_step, rng).serialize())
-    compiled = jax.jit(loaded.call).lower(*shapes(rng, ROWS)).compile().as_text()
-    assert len(re.findall(r" conditional\(", compiled)) == 2  # near zero, or not
-    assert "c64[" not in compiled
+    compiled = jax.jit(loaded.call).lower(*shapes(rng, ROWS)).compile()
+    text = compiled.as_text() or ""
+    assert len(re.findall(r" conditional\(", text)) == 2  # near zero, or not
+    assert "c64[" not in text
