@@ -283,6 +283,13 @@ def test_numpy_in_jax_out(rng):
     assert all(isinstance(a, jax.Array) for a in jax.tree.leaves((y, new)))
 
 
+def test_disable_jit(rng):
+    case = rounded(random_case(rng, (6, 3)), "float32")
+    with jax.disable_jit():
+        actual = run(case, transform=lambda f: f)
+    assert_close(actual, train_step(case), TOLERANCE["float32"])
+
+
 # What the backward keeps
 
 
@@ -319,52 +326,3 @@ def test_residuals_of_a_scan_over_layers_are_x_once_each(rng):
     _, vjp = jax.vjp(deep, params, x)
     large = [(shape, kind) for shape, kind, size in bytes_kept(vjp) if size > 5 * 8]
     assert large == [((5, *x.shape), x.dtype)]
-
-
-# Programs for platforms that are not here
-
-
-def test_export_to_three_platforms_runs_here(rng):
-    params, state = jaxbn.init(3)
-    x = jnp.asarray(2 + rng.normal(size=(6, 5, 3)), jnp.float32)
-
-    @jax.jit
-    def step(params, state, x):
-        y, new = jaxbn.batch_norm(params, state, x, True)
-        return y, tuple(new)
-
-    plain = jax.jit(
-        lambda scale, bias, x: step(jaxbn.BatchNormParams(scale, bias), state, x)
-    )
-    exported = jax.export.export(plain, platforms=("cpu", "cuda", "tpu"))(*params, x)
-    y, (mean, var, _) = exported.call(*params, x)
-    expected, new = jaxbn.batch_norm(params, state, x, True)
-    np.testing.assert_allclose(y, expected, rtol=1e-5, atol=1e-6)
-    np.testing.assert_allclose(mean, new.mean, rtol=1e-5)
-    np.testing.assert_allclose(var, new.var, rtol=1e-5)
-
-
-@pytest.mark.parametrize("train", [True, False])
-@pytest.mark.parametrize("shape", ["b, 3", "b, h, 4, 3"])
-def test_export_with_a_symbolic_batch(shape, train, rng):
-    params, state = jaxbn.init(3)
-    symbolic = jax.ShapeDtypeStruct(jax.export.symbolic_shape(shape), jnp.float32)
-
-    @jax.jit
-    def value_and_gradient(x):
-        apply = lambda x: jaxbn.batch_norm(params, state, x, train)[0]  # noqa: E731
-        y, vjp = jax.vjp(apply, x)
-        return y, vjp(y**2)[0]
-
-    platforms = ("cpu", "cuda", "tpu")
-    exported = jax.export.export(value_and_gradient, platforms=platforms)(symbolic)
-    x = jnp.asarray(rng.normal(size=(7, 5, 4, 3)[-symbolic.ndim :]), jnp.float32)
-    for actual, expected in zip(exported.call(x), value_and_gradient(x), strict=True):
-        np.testing.assert_allclose(actual, expected, rtol=1e-4, atol=1e-5)
-
-
-def test_disable_jit(rng):
-    case = rounded(random_case(rng, (6, 3)), "float32")
-    with jax.disable_jit():
-        actual = run(case, transform=lambda f: f)
-    assert_close(actual, train_step(case), TOLERANCE["float32"])
