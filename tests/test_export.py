@@ -132,12 +132,12 @@ def test_a_loaded_layer_is_differentiated_by_its_exported_vjp(rng):
 BARRIER = "stablehlo.optimization_barrier"
 
 
-def choices(module):
-    """The branches of each choice between sums, in StableHLO's text; inner ones too."""
+def choices(module, what="stablehlo.reduce"):
+    """The branches of each choice with `what`, in StableHLO's text; inner ones too."""
     for start in re.finditer(r'^( *)\S.*"stablehlo\.case".*\(\{\n', module, re.M):
         end = module.index(f"\n{start[1]}}})", start.end())
         body = module[start.end() : end]
-        if "stablehlo.reduce" in body:
+        if what in body:
             yield body.split(f"\n{start[1]}}}, {{\n")
 
 
@@ -153,6 +153,10 @@ def test_each_platform_has_its_form_in_the_common_program(rows, rng):
         assert not [*choices(cuda), *choices(default)]
         assert [("complex" in form) for form in (cpu, cuda, default)] == [0, 1, 0]
         barriers += cpu.count(BARRIER)
+    for cpu, *others in choices(module, BARRIER):
+        if "stablehlo.reduce" not in cpu:  # vectors for the pass over x, not sums
+            assert not any(BARRIER in other for other in others)
+            barriers += cpu.count(BARRIER)
     assert module.count(BARRIER) == barriers > 0
 
 
