@@ -10,6 +10,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Inexact, Real
 
 from ._axes import Axes
@@ -50,23 +51,27 @@ def moments(
     which is what the backward saves, while the gradient leaves through `x_wide`: it is
     added to the one from `normalize` before anything is rounded to x's dtype.
     """
-    weights = None if mask is None else mask.astype(real_dtype(x_wide.dtype))
-    count = count_rows(x, weights, axes)
+    count = count_rows(x, _weights(mask, x_wide.dtype), axes)
     if closed_form:
-        mean, m2 = _closed_form(*vary_alike(x_wide, x, weights), axes)
+        mean, m2 = _closed_form(*vary_alike(x_wide, x, mask), axes)
     else:
-        mean, m2 = _formula(x_wide, x_wide, weights, axes)
+        mean, m2 = _formula(x_wide, x_wide, mask, axes)
     return Moments(count, mean, m2)
 
 
 def _formula(
-    x_wide: Array, x: Array, weights: Array | None, axes: Axes
+    x_wide: Array, x: Array, mask: Array | None, axes: Axes
 ) -> tuple[Array, Array]:
+    weights = _weights(mask, x_wide.dtype)
     shift, total, squares = shifted_sums(x, weights, axes, x_wide.dtype)
     # With d = x - s:  μ = s + Σwd / n  and  Σw|x-μ|² = Σw|d|² - |Σwd|² / n.
     offset = per_row(total, count_rows(x, weights, axes))
     m2 = squares - jnp.real(total * jnp.conj(offset))
     return shift + offset, _at_least_zero(m2)
+
+
+def _weights(mask: Array | None, dtype: DTypeLike) -> Array | None:
+    return None if mask is None else mask.astype(real_dtype(dtype))
 
 
 def _at_least_zero(m2: Array) -> Array:
@@ -75,14 +80,18 @@ def _at_least_zero(m2: Array) -> Array:
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(3,))
-def _closed_form(x_wide, x, weights, axes):
-    return _formula(x_wide, x, weights, axes)
+def _closed_form(x_wide, x, mask, axes):
+    return _formula(x_wide, x, mask, axes)
 
 
-def _closed_form_fwd(x_wide, x, weights, axes):
+def _closed_form_fwd(x_wide, x, mask, axes):
     # The formula inlined, not `_closed_form` called: jvp of grad passes through here.
-    mean, m2 = _formula(x_wide, x, weights, axes)
-    return (mean, m2), (x, weights, mean)
+    mean, m2 = _formula(x_wide, x, mask, axes)
+    # The mask as it came, which may be a byte for each value and not four, and what
+    # else would be another pass over it.
+    masked = mask is not None
+    count = count_rows(x, _weights(mask, x_wide.dtype), axes) if masked else None
+    return (mean, m2), (x, mask, count, mean)
 
 
 def _closed_form_bwd(axes, residuals, cotangents):
@@ -91,12 +100,13 @@ def _closed_form_bwd(axes, residuals, cotangents):
     8.  ∂μ/∂xᵢ  = wᵢ / n
     9.  ∂m2/∂xᵢ = 2 wᵢ (xᵢ - μ), with σ² = m2 / n
     """
-    x, weights, mean = residuals
+    x, mask, count, mean = residuals
     dmean, dm2 = cotangents
-    count = count_rows(x, weights, axes)
+    count = count_rows(x, None, axes) if count is None else count
     mean, offset, slope = ready(mean, per_row(dmean, count), 2 * dm2)
     dx = offset + slope * (x.astype(mean.dtype) - mean)
-    if weights is not None:
+    if mask is not None:
+        weights = _weights(mask, dx.dtype)
         dx = jnp.where(weights != 0, weights * dx, 0)
     return dx, None, None
 

@@ -313,6 +313,15 @@ def test_residuals_are_x_once_and_vectors(dtype, wrap, rng):
     assert large == [(x.shape, x.dtype)]
 
 
+def test_a_mask_is_kept_in_its_own_dtype(rng):
+    params, state = jaxbn.init(8)
+    x = jnp.asarray(rng.normal(size=(16, 4, 8)), jnp.bfloat16)
+    mask = jnp.asarray(rng.random(x.shape) < 0.7)
+    _, vjp = jax.vjp(lambda p, x: chain(p, state, x, mask), params, x)
+    large = {(shape, kind) for shape, kind, size in bytes_kept(vjp) if size > 8}
+    assert large == {(x.shape, x.dtype), (x.shape, mask.dtype)}
+
+
 def test_residuals_of_a_scan_over_layers_are_x_once_each(rng):
     params, state = jaxbn.init(8)
     x = jnp.asarray(rng.normal(size=(16, 4, 8)), jnp.bfloat16)
