@@ -95,7 +95,7 @@ def _closed_form_fwd(x_wide, x, mask, axes):
 
 
 def _closed_form_bwd(axes, residuals, cotangents):
-    """Steps 8 and 9 of docs/derivation.md; its step 5 is zero: Σ w(x-μ) = 0.
+    """Steps 8 and 9 of docs/mathematics.md; its step 5 is zero: Σ w(x-μ) = 0.
 
     8.  ∂μ/∂xᵢ  = wᵢ / n
     9.  ∂m2/∂xᵢ = 2 wᵢ (xᵢ - μ), with σ² = m2 / n

@@ -70,7 +70,7 @@ def _closed_form_fwd(x_wide, x, mean, var, scale, bias, epsilon, axes, dtype):
 
 
 def _closed_form_bwd(epsilon, axes, dtype, residuals, dy):
-    """Steps 1-4, 6 and 7 of docs/derivation.md, with x̂ = (x - μ)·inv_std.
+    """Steps 1-4, 6 and 7 of docs/mathematics.md, with x̂ = (x - μ)·inv_std.
 
     1.  ∂l/∂x̂ᵢ    = ∂l/∂yᵢ · scale                     (inside 4, 6 and 7)
     2.  ∂l/∂scale = Σ ∂l/∂yᵢ · x̂ᵢ

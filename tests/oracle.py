@@ -1,7 +1,7 @@
 """Batch normalization and its gradients in NumPy float64, by the chain rule.
 
 It shares no code with jaxbn, and takes the long way on purpose: the nine steps of
-docs/derivation.md one after the other, the one that is zero among them.
+docs/mathematics.md one after the other, the one that is zero among them.
 """
 
 from typing import Any, NamedTuple

@@ -1,4 +1,4 @@
-"""The nine steps of docs/derivation.md, each by itself, against float64."""
+"""docs/mathematics.md against float64: the nine steps, each by itself, and the rest."""
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +14,7 @@ M, C = 11, 4
 
 
 class Symbols:
-    """Those of docs/derivation.md, in float64 NumPy."""
+    """Those of docs/mathematics.md, in float64 NumPy."""
 
     def __init__(self, rng):
         self.x = 3 + 2 * rng.normal(size=(M, C))
@@ -143,3 +143,105 @@ def test_the_whole_chain(symbols, rng):
     dgamma, dbeta = (symbols.dl_dy * symbols.x_hat).sum(0), symbols.dl_dy.sum(0)
     fused = symbols.gamma * r * (symbols.dl_dy - dbeta / M - symbols.x_hat * dgamma / M)
     close(chain, fused)
+
+
+def test_what_the_gradient_cannot_do(symbols):
+    """Its sum is 0, and ε / (σ² + ε) is left of its part along x̂."""
+    dx = fused(symbols, 1.0)
+    dgamma = (symbols.dl_dy * symbols.x_hat).sum(0, keepdims=True)
+    var = symbols.sigma2 + EPSILON
+    np.testing.assert_allclose(dx.sum(0), 0, atol=1e-13)
+    close(
+        (symbols.x_hat * dx).sum(0, keepdims=True),
+        symbols.gamma * var**-0.5 * EPSILON / var * dgamma,
+    )
+
+
+def test_the_two_functions_add_up_to_the_fused_form(symbols, normalize_vjp):
+    """With ∂l/∂μ = -γr ∂l/∂β and ∂l/∂σ² = -½ γr² ∂l/∂γ, as the text has them."""
+    r = (symbols.sigma2 + EPSILON) ** -0.5
+    close(normalize_vjp["mu"], -symbols.gamma * r * normalize_vjp["beta"])
+    close(
+        normalize_vjp["sigma2"],
+        -0.5 * symbols.gamma * r**2 * normalize_vjp["gamma"],
+    )
+    _, vjp = jax.vjp(moments_of, jnp.asarray(symbols.x))
+    (through_moments,) = vjp((normalize_vjp["mu"], normalize_vjp["sigma2"]))
+    close(normalize_vjp["x"] + through_moments, fused(symbols, 1.0))
+
+
+def test_the_fused_form_with_weights(symbols, rng):
+    w = rng.uniform(size=(M, 1)) * (rng.random((M, 1)) < 0.7)
+    symbols.mu = (w * symbols.x).sum(0, keepdims=True) / w.sum()
+    deviation = symbols.x - symbols.mu
+    symbols.sigma2 = (w * deviation**2).sum(0, keepdims=True) / w.sum()
+    symbols.x_hat = deviation / np.sqrt(symbols.sigma2 + EPSILON)
+    params = jaxbn.BatchNormParams(
+        *map(jnp.asarray, (symbols.gamma[0], symbols.beta[0]))
+    )
+    _, state = jaxbn.init(C, param_dtype=jnp.float64)
+
+    def apply(x):
+        return jaxbn.batch_norm(params, state, x, True, epsilon=EPSILON, mask=w)[0]
+
+    _, vjp = jax.vjp(apply, jnp.asarray(symbols.x))
+    close(vjp(jnp.asarray(symbols.dl_dy))[0], fused(symbols, w))
+
+
+def fused(symbols, w):
+    """∂l/∂xᵢ in one line, of rows that weigh `w`; each weighs 1 without weights."""
+    r = (symbols.sigma2 + EPSILON) ** -0.5
+    dgamma = (symbols.dl_dy * symbols.x_hat).sum(0, keepdims=True)
+    dbeta = symbols.dl_dy.sum(0, keepdims=True)
+    share = w / (w.sum() if isinstance(w, np.ndarray) else M)
+    inner = symbols.dl_dy - share * dbeta - share * symbols.x_hat * dgamma
+    return symbols.gamma * r * inner
+
+
+def test_the_erratum_is_a_factor_of_the_variance(rng):
+    """Divided by (σ² + ε)^(-1/2), y is 100 times too large at σ = 10."""
+    x = rng.normal(3, 10, size=(8, 1)).astype(np.float32)
+    params, state = jaxbn.init(1)
+    state = state._replace(mean=state.mean + 3, var=100 * state.var)
+    y, _ = jaxbn.batch_norm(params, state, x, train=False)
+    divided = (x - 3) / (100 + 1e-5) ** -0.5
+    np.testing.assert_allclose(divided, 100 * y, rtol=1e-5)
+
+
+def test_no_digit_is_left_of_the_difference_of_squares(rng):
+    """At |μ| = 10⁴σ in float32, whose neighbours are 8σ² apart there."""
+    assert np.spacing(np.float32(1e8)) == 8
+    x = rng.normal(1e4, 1, size=(4096, 16)).astype(np.float32)
+    difference = np.mean(x * x, 0) - np.mean(x, 0) ** 2
+    assert np.abs(difference - 1).min() > 0.5
+    assert difference.min() < 0
+    mean, var = moments_of(jnp.asarray(x))
+    np.testing.assert_allclose(var[0], np.var(x, 0, dtype=np.float64), rtol=1e-4)
+    np.testing.assert_allclose(mean[0], np.mean(x, 0, dtype=np.float64), rtol=1e-6)
+
+
+def test_the_cube_of_inv_std_underflows():
+    """Where σ is 10¹⁵, so that step 4 multiplies by it twice and in between."""
+    assert np.float32(1e-15) ** 3 < np.finfo(np.float32).tiny
+
+
+@pytest.mark.parametrize("shifts", [0.0, 1.0, 4.0, -7.5])
+def test_what_a_shift_loses(shifts, symbols):
+    """Σd² / M₂ = 1 + (μ - s)²/σ²; 17 where s is 4 deviations away."""
+    s = symbols.mu - shifts * np.sqrt(symbols.sigma2)
+    d = symbols.x - s
+    m2 = (d**2).sum(0) - d.sum(0) ** 2 / M
+    close(m2, M * symbols.sigma2[0])
+    close((d**2).sum(0) / m2, 1 + np.full(C, shifts) ** 2)
+
+
+@pytest.mark.parametrize("k", [1, 4, 16])
+def test_a_sample_of_outliers_is_the_worst(k, rng):
+    """k of m values are at most σ√(m/k - 1) off: a factor m/k, which outliers reach."""
+    m = 64 * k
+    outliers = np.zeros(m)
+    outliers[:k] = 1
+    for x in (outliers, rng.normal(size=m), rng.exponential(size=m)):
+        factor = 1 + (x.mean() - np.sort(x)[-k:].mean()) ** 2 / x.var()
+        assert factor <= 64 * (1 + 1e-12)
+    close(1 + (outliers.mean() - 1) ** 2 / outliers.var(), 64)

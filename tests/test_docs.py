@@ -1,10 +1,19 @@
-"""The snippets of the documentation pages run."""
+"""The snippets of the documentation pages run, and the reference misses no name."""
 
+import ast
+import dataclasses
+import importlib
+import inspect
 import re
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+import pytest
+from flax import linen as nn
+
+import jaxbn
 
 DOCS = Path(__file__).parent.parent / "docs"
 
@@ -15,6 +24,38 @@ def run_page(name):
     for block in re.findall(r"^```python\n(.*?)^```", text, re.DOTALL | re.MULTILINE):
         exec(block, names)
     return names
+
+
+def test_index():
+    with jax.numpy_dtype_promotion("standard"):  # Flax needs it
+        names = run_page("index.md")
+    x, y, state = (names[name] for name in ("x", "y", "state"))
+    np.testing.assert_allclose(y.mean(0), 0, atol=1e-5)
+    np.testing.assert_allclose(y.std(0), 1, rtol=1e-5)
+    np.testing.assert_allclose(state.mean, x.mean(0), rtol=1e-5)
+    np.testing.assert_allclose(state.var, x.var(0, ddof=1), rtol=1e-4)
+    expected = (x[:1] - state.mean[None]) / np.sqrt(state.var + 1e-5)[None]
+    np.testing.assert_allclose(names["row"], expected, rtol=1e-5)
+    assert names["z"].shape == (64, 1)
+    assert names["updates"]["batch_stats"]["BatchNorm_0"]["mean"].shape == (8,)
+
+
+def test_mathematics():
+    with jax.numpy_rank_promotion("allow"):
+        names = run_page("mathematics.md")
+    np.testing.assert_allclose(names["closed_form"], names["dx"], atol=1e-5)
+    np.testing.assert_allclose(names["tangent"], 0, atol=1e-5)
+    np.testing.assert_allclose(names["y"], names["y_of"](names["x"]), atol=1e-5)
+    hessian = jax.hessian(names["loss"])(names["x"])
+    expected = np.einsum("ijkl,kl->ij", hessian, names["direction"])
+    np.testing.assert_allclose(names["hessian_times_direction"], expected, atol=1e-3)
+    assert saved(names["y_by_jax"], names["x"]) > saved(names["y_of"], names["x"])
+
+
+def saved(f, x):
+    """Bytes that are kept for the backward."""
+    _, vjp = jax.vjp(f, x)
+    return sum(a.nbytes for a in jax.tree.leaves(vjp))
 
 
 def test_many_devices():
@@ -60,3 +101,49 @@ def conv(x, kernel):
     padded = np.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
     windows = np.lib.stride_tricks.sliding_window_view(padded, (3, 3), axis=(1, 2))
     return np.einsum("nhwcij,ijco->nhwo", windows, kernel)
+
+
+MODULES = ["jaxbn", "jaxbn.linen", "jaxbn.nnx", "jaxbn.convert"]
+
+
+def public_names(module):
+    """What it lets out: `import name as name`, and its own functions and classes."""
+    for node in ast.parse(inspect.getsource(module)).body:
+        if isinstance(node, ast.ImportFrom):
+            names = [a.name for a in node.names if a.asname == a.name]
+        elif isinstance(node, ast.FunctionDef | ast.ClassDef):
+            names = [node.name]
+        else:
+            continue
+        yield from (name for name in names if not name.startswith("_"))
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_every_public_name_has_a_docstring(module):
+    module = importlib.import_module(module)
+    names = list(public_names(module))
+    assert len(names) > 5
+    for name in names:
+        doc = getattr(module, name).__doc__ or ""
+        if doc.startswith(f"{name}("):  # which a dataclass makes up, or a NamedTuple
+            doc = ""
+        assert doc.strip(), f"{module.__name__}.{name} has no docstring"
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_every_public_name_is_in_the_reference(module):
+    pages = "\n".join(page.read_text() for page in DOCS.glob("api/*.md"))
+    listed = re.findall(r"^::: (\S+)$", pages, re.MULTILINE)
+    assert len(listed) == len(set(listed))
+    names = public_names(importlib.import_module(module))
+    assert {f"{module}.{name}" for name in names} - set(listed) == set()
+
+
+def test_the_fields_of_the_linen_layer_are_in_its_table():
+    text = (DOCS / "api/linen.md").read_text()
+    rows = re.findall(r"^\| `(\w+)` \| `([^|]+)` \|", text, re.MULTILINE)
+    fields = dataclasses.fields(jaxbn.linen.BatchNorm)
+    defaults = {f.name: f.default for f in fields if f.name not in ("parent", "name")}
+    stated = {name: eval(default, {"jnp": jnp, "nn": nn}) for name, default in rows}
+    assert list(stated) == list(defaults)
+    assert stated == defaults
