@@ -25,3 +25,10 @@ def standard_promotion():
     """Flax adds bfloat16 to float32 and asks nobody."""
     with jax.numpy_dtype_promotion("standard"):
         yield
+
+
+@pytest.fixture
+def any_rank():
+    """For code that broadcasts rows with vectors, as examples do."""
+    with jax.numpy_rank_promotion("allow"):
+        yield

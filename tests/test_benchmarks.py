@@ -17,12 +17,6 @@ from benchmarks._torch import Torch
 pytestmark = pytest.mark.usefixtures("standard_promotion", "any_rank")
 
 
-@pytest.fixture
-def any_rank():
-    with jax.numpy_rank_promotion("allow"):
-        yield
-
-
 SMALL = Shape("", (16, 3, 2, 5))
 
 

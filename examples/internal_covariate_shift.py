@@ -1,0 +1,144 @@
+"""Layers that move under each other's feet, and what batch norm does about it.
+
+First two layers that can only shift their input, y = (x + a) + b, trained to move the
+ink of digits by 1: each takes the whole way upon itself, and together they overshoot.
+Then section 4.1 of Ioffe and Szegedy, arXiv:1502.03167: three layers of 100 sigmoids on
+binary digits, 60 images a step. The paper leaves rate and initialization open: here
+plain SGD, weights N(0, 0.1²), and 0.05 as the baseline's rate; 4,000 images, 5 seeds.
+"""
+
+from functools import partial
+
+import _experiment as lab
+import jax
+import jax.numpy as jnp
+import numpy as np
+from _experiment import COLOR, NAME, spread
+from jax import Array, lax, nn
+from matplotlib.figure import Figure
+
+import jaxbn
+
+RATE, EVERY = 0.05, 100  # of the baseline; steps from one look to the next
+TIMES = {1: "-", 5: "--", 30: ":", 100: "-."}  # that rate, and how it is drawn
+PAPER = {1: "2.3", 5: "15", 30: "11", 100: ""}  # times fewer steps, of 31.0e6, ImageNet
+SHIFTS = {0.4: ":", 0.8: "--", 1.1: "-"}  # rates of the two layers that shift
+HEAD = ["Batch norm", "Rate", "Best accuracy", "Steps to the first's", "Times fewer"]
+HEAD += ["In the paper", "Median moves", "Correlation"]
+
+
+def shifts(rate: float, x: Array, norm: bool) -> Array:
+    """The mean of y for 12 steps; the target is x + 1, so the mean should go to 1."""
+    params, state = jaxbn.init(1, use_scale=False, use_bias=False)
+
+    def loss(shift: Array) -> tuple[Array, Array]:
+        h = x + shift[0]
+        y = shift[1] + (jaxbn.batch_norm(params, state, h, True)[0] if norm else h)
+        return ((y - (x + 1)) ** 2).mean() / 2, y.mean()
+
+    def step(shift: Array, _: None) -> tuple[Array, Array]:
+        grad, mean = jax.grad(loss, has_aux=True)(shift)
+        return shift - rate * grad, mean
+
+    return lax.scan(step, jnp.zeros(2), length=12)[1]
+
+
+def fate(way: Array) -> str:
+    """Of a way to 1: it diverges, passes 1 by more than a fifth, or goes straight."""
+    passes = "zigzags" if way.max() > 1.2 else "straight"
+    return "diverges" if abs(way[-1] - 1) > 1 else passes
+
+
+@jax.jit
+@partial(jax.vmap, in_axes=(None, 0, None))
+def observe(test: lab.Digits, model: lab.Model, _: Array) -> tuple[Array, ...]:
+    """Accuracy; of what enters the last sigmoids percentiles, mean |correlation|."""
+    z = lab.network(*model, test.images, False, activation=nn.sigmoid)[2][-1]
+    pairs = jnp.corrcoef(z.T)[jnp.triu_indices(z.shape[1], 1)]
+    right = lab.accuracy(model, test, activation=nn.sigmoid)
+    return right, jnp.percentile(z, jnp.array([15, 50, 85]), 0), abs(pairs).mean()
+
+
+def train(data: tuple, norm: bool, rate: float, rows: np.ndarray) -> list[np.ndarray]:
+    """Runs of one arm, a seed for each of `rows`: what was observed, runs × times."""
+    models = lab.inits(len(rows), norm, depth=3, std=lambda n_in: 0.1)
+    look = partial(observe, data[0])
+    return lab.fit(models, data[1], rows, rate, look, EVERY, nn.sigmoid)
+
+
+def drift(percentiles: np.ndarray) -> np.ndarray:
+    """By run, how far a unit's median moves, in its spreads from 15 % to 85 %."""
+    low, median, high = np.moveaxis(percentiles, 2, 0)
+    return (np.ptp(median, axis=1) / (high - low)[:, -1]).mean(1)
+
+
+def draw(arms: dict, ways: dict) -> Figure:
+    """The zigzag; accuracies; the inputs of one sigmoid, without and with."""
+    figure = Figure(figsize=(11, 8), layout="constrained")
+    (zigzag, curves), units = figure.subplots(2, 2)
+    for (norm, rate), way in ways.items():
+        zigzag.plot(way, SHIFTS[rate], color=COLOR[norm], label=f"{NAME[norm]}, {rate}")
+    for (norm, times), (accuracies, percentiles, _) in arms.items():
+        steps = EVERY * np.arange(1, accuracies.shape[1] + 1)
+        style = {"color": COLOR[norm], "linestyle": TIMES[times]}
+        lab.band(curves, steps, accuracies, **style, label=f"{times * RATE:g}")
+        if times == 1:
+            title = f"{NAME[norm]}: inputs of a sigmoid, at 15, 50, 85 %"
+            units[int(norm)].plot(steps, percentiles[0, ..., 0], color=COLOR[norm])
+            units[int(norm)].set(title=title, xlabel="step", ylim=(-2, 2))
+    zigzag.set(ylim=(-1, 3), xlabel="step", ylabel="mean of the output (target: 1)")
+    zigzag.legend(fontsize=8, title="Two layers that shift; learning rate")
+    curves.set(xscale="log", ylim=(0.5, 1), xlabel="step", ylabel="test accuracy")
+    curves.legend(fontsize=8, title="Sigmoids; learning rate", ncols=2)
+    return figure
+
+
+def row(norm: bool, times: int, arm: list, steps: np.ndarray, fewer: float) -> list:
+    """A line of the table."""
+    accuracies, percentiles, correlation = arm
+    cells = ["yes" if norm else "no", f"{times * RATE:g}", spread(accuracies.max(1))]
+    cells += [spread(steps, ".0f"), f"{fewer:.1f}", PAPER[times] if norm else ""]
+    last = drift(percentiles).mean(), correlation[:, -1].mean()
+    return [*cells, *(f"{number:.2f}" for number in last)]
+
+
+def claim(arms: dict, fewer: dict, ways: dict) -> tuple[str, dict]:
+    """What the seed and the paper say, and whether the numbers bear them out."""
+    raw, normed = ([fate(ways[norm, r]) for r in SHIFTS] for norm in NAME)
+    moves = [drift(arms[norm, 1][1]).mean() for norm in NAME]
+    best = [max(arms[n, t][0].max(1).mean() for t in TIMES) for n in NAME]
+    alone, speed = ([fewer[norm, t] for t in (1, 5, 30)] for norm in NAME)
+    at_rates = " / ".join(f"{f:.1f}" for f in speed)
+    text = "layers that learn at once overshoot; batch norm holds their inputs still: "
+    return text + "larger rates serve, training is faster and ends higher.", {
+        f"two layers: {' / '.join(raw)}": raw == ["straight", "zigzags", "diverges"],
+        f"with batch norm: {' / '.join(normed)}": set(normed) == {"straight"},
+        f"medians move {moves[1]:.2f} for {moves[0]:.2f} spreads": moves[1] < moves[0],
+        f"{at_rates} times fewer steps at 1, 5, 30 times the rate": min(speed) > 1,
+        f"only with it: {alone[1]:.1f} / {alone[2]:.1f} without": max(alone) <= 1,
+        f"best of all rates: {best[1]:.1%} for {best[0]:.1%}": best[1] > best[0],
+    }
+
+
+def main() -> None:
+    """All arms; a table and a picture of them."""
+    args = lab.arguments(__doc__)
+    data = lab.digits(lambda pixels: (pixels > 0.5).astype(np.float32))
+    ink = nn.standardize(data[1].images.sum(1, keepdims=True), axis=0)
+    ways = {(norm, r): shifts(r, ink, norm) for norm in NAME for r in SHIFTS}
+    steps = args.pick(200, 5000, 50000)
+    rows = np.stack([lab.draw_rows(seed, steps, 60) for seed in range(5)])
+    keys = lab.progress([(norm, times) for norm in NAME for times in TIMES], "Sigmoids")
+    arms = {(n, t): train(data, n, t * RATE, rows) for n, t in keys}
+    goals = arms[False, 1][0].max(1)
+    reached = {
+        a: EVERY * lab.reached(seen[0], goals[:, None]) for a, seen in arms.items()
+    }
+    fewer = {arm: (reached[False, 1] / there).mean() for arm, there in reached.items()}
+    table = [HEAD, *(row(*a, seen, reached[a], fewer[a]) for a, seen in arms.items())]
+    result = draw(arms, ways), table, claim(arms, fewer, ways)
+    lab.report(args, "internal_covariate_shift", *result)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,149 @@
+"""Probe the loss along its gradient: without batch norm, with it, and with noise on it.
+
+After Santurkar et al., 'How Does Batch Normalization Help Optimization?' (2018,
+arXiv:1805.11604), Figure 4, in kind: there VGG on CIFAR-10, here SGD on 4,000 digits.
+Noise after batch norm, of a distribution that changes at every step, puts covariate
+shift back on purpose; how much is our choice. All train at that of RATES which is best
+without batch norm (--full). Above 2 / rate, descent on a quadratic diverges.
+"""
+
+from itertools import product
+
+import _experiment as lab
+import jax
+import jax.numpy as jnp
+import numpy as np
+from _experiment import COLOR, NAME
+from jax import Array
+from jax.flatten_util import ravel_pytree
+from matplotlib.figure import Figure
+
+DEPTH, WIDTH, BATCH, EVERY = 8, 100, 128, 5  # a probe at every fifth step
+LENGTHS = np.geomspace(0.5, 4, 8).tolist()  # of its points from x, in rates
+RATES = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
+ARMS = {NAME[False]: (False, False), NAME[True]: (True, False), "noisy": (True, True)}
+LANDSCAPE = ("range of loss", "predictiveness", "smoothness")
+SHIFTS = ("shift of means", "shift of log std")
+MEASURES = ("training loss", "test accuracy", *LANDSCAPE, *SHIFTS)
+TITLES = {
+    "losses": "Loss along the gradient: lowest to highest",
+    "changes": "Gradient predictiveness |g(y) - g(x)|: least to most",
+    "smoothness": "Effective smoothness: max |g(y) - g(x)| / |y - x|",
+    "shift of means": "Means of a middle layer: moved by a step, in std",
+}
+gradient = jax.jit(jax.value_and_grad(lab.loss, has_aux=True))
+loss, accuracy = map(jax.jit, (lab.loss, lab.accuracy))
+
+
+@jax.jit
+def draw_noise(key: Array, step: int) -> Array:
+    """N(m, s²) for each image; by layer and unit m ~ U(-1/2, 1/2) and s ~ U(0, 1/2)."""
+    of_units, of_images = jax.random.split(jax.random.fold_in(key, step))
+    m, s = jax.random.uniform(of_units, (2, DEPTH, 1, WIDTH))
+    return m - 1 / 2 + s / 2 * jax.random.normal(of_images, (DEPTH, BATCH, WIDTH))
+
+
+@jax.jit
+def descend(x: tuple, g: tuple, rate: float) -> tuple:
+    """x - rate · g, where x are all the parameters."""
+    return jax.tree.map(lambda x, g: x - rate * g, x, g)
+
+
+@jax.jit
+def distance(x: tuple, y: tuple) -> Array:
+    """|x - y|, over everything in them."""
+    return jnp.linalg.norm(ravel_pytree(x)[0] - ravel_pytree(y)[0])
+
+
+def probe(model: lab.Model, g: tuple, batch: lab.Digits, rate: float, **noise) -> dict:
+    """L(y), |g(y) - g(x)| and max |g(y) - g(x)| / |y - x|; same batch, same noise."""
+    points = []
+    for length in LENGTHS:
+        y = descend(model[0], g, length * rate)
+        (cost, _), g_y = gradient(y, model[1], batch, **noise)
+        points.append((cost, distance(g_y, g), distance(y, model[0])))
+    losses, changes, ways = map(np.array, zip(*points, strict=True))
+    found = losses, changes, np.ptp(losses), changes.max(), (changes / ways).max()
+    return dict(zip(("losses", "changes", *LANDSCAPE), found, strict=True))
+
+
+@jax.jit
+def shift(images: Array, *models: tuple[lab.Model, Array | None]) -> dict:
+    """|Δ mean| / std, |Δ log std| of inputs of a middle layer, mean over its units."""
+    z = [lab.network(*m, images, True, noise=n)[2][DEPTH // 2] for m, n in models]
+    (mean, std), (new_mean, new_std) = [(of.mean(0), of.std(0)) for of in z]
+    moves = abs(new_mean - mean) / std, abs(jnp.log(new_std / std))
+    return {name: move.mean() for name, move in zip(SHIFTS, moves, strict=True)}
+
+
+def train(data: tuple, seed: int, rate: float, arm: str, steps: int) -> dict:
+    """One training: what was found on the way, and at its end without noise."""
+    key, (test, digits), (norm, noisy) = jax.random.key(seed), data, ARMS[arm]
+    model, seen = lab.init(key, norm, DEPTH, WIDTH), []
+    for step, rows in enumerate(lab.draw_rows(seed, steps, BATCH)):
+        batch = lab.Digits(digits.images[rows], digits.labels[rows])
+        now, then = (draw_noise(key, step + i) if noisy else None for i in (0, 1))
+        (_, state), g = gradient(*model, batch, noise=now)
+        new = descend(model[0], g, rate), state
+        if step % EVERY == 0:
+            moves = shift(batch.images, (model, now), (new, then))
+            seen.append(probe(model, g, batch, rate, noise=now) | moves)
+        model = new
+    ends = {MEASURES[0]: loss(*model, digits)[0], MEASURES[1]: accuracy(model, test)}
+    return jax.tree.map(lambda *a: np.stack(a), *seen) | ends
+
+
+def draw(runs: dict, rate: float) -> Figure:
+    """Over training: loss and gradient along the probes, smoothness, shifts."""
+    figure = Figure(figsize=(10, 7), layout="constrained")
+    panels = dict(zip(TITLES, figure.subplots(2, 2).flat, strict=True))
+    for name, axes in panels.items():
+        for arm, color in zip(ARMS, (*COLOR.values(), "C2"), strict=True):
+            values = np.stack([run[name] for run in runs[rate, arm]])
+            values = values if values.ndim == 2 else np.median(values, 0).T  # points
+            steps = EVERY * np.arange(values.shape[1])
+            lab.band(axes, steps, values, color=color, label=arm)
+        axes.set(yscale="log", xlabel="step", title=TITLES[name])
+    axes = panels["smoothness"]
+    axes.axhline(2 / rate, color="k", ls=":", label="2 / rate")
+    axes.set(yscale="linear", ylim=0)
+    axes.legend()
+    return figure
+
+
+def claim(arms: list[dict]) -> tuple[str, dict]:
+    """What the paper says, and whether the measures of the arms bear it out."""
+    a, b, c = ({name: values.mean() for name, values in arm.items()} for arm in arms)
+    better = arms[2]["training loss"] < arms[0]["training loss"]
+    found = {f"{n} {a[n]:.3g} to {b[n]:.3g}": b[n] < a[n] / 2 for n in LANDSCAPE}
+    found |= {f"noisy, {n} {a[n]:.3g} to {c[n]:.3g}": c[n] > a[n] for n in SHIFTS}
+    right, other = c["test accuracy"], b["test accuracy"]
+    found[f"noisy, {right:.1%} right, not noisy {other:.1%}"] = right > other - 0.01
+    found[f"noisy, less loss in {better.sum()} of {better.size}"] = better.mean() > 0.5
+    text = "batch norm at least halves what loss and gradient change along a gradient, "
+    return text + "and not by stable distributions: noisy, it trains as well.", found
+
+
+def main() -> None:
+    """All arms; a table, and a picture at the rate that is best without batch norm."""
+    args, data = lab.arguments(__doc__), lab.digits()
+    rates, seeds, steps = args.pick(((0.1,), 1, 20), ((0.1,), 5, 500), (RATES, 5, 500))
+    runs = {at: [] for at in product(rates, ARMS)}
+    for (rate, arm), seed in lab.progress([*product(runs, range(seeds))], "Training"):
+        runs[rate, arm].append(train(data, seed, rate, arm, steps))
+    sums = {
+        at: jax.tree.map(lambda *by_seed: np.array([*map(np.median, by_seed)]), *some)
+        for at, some in runs.items()
+    }
+    table = [["Rate", "Median over training", *ARMS]]
+    for rate, name in product(rates, MEASURES):
+        cells = [lab.spread(sums[rate, arm][name], ".3g") for arm in ARMS]
+        table.append([f"{rate:g}", name, *cells])
+    losses = [np.median(sums[rate, NAME[False]][MEASURES[0]]) for rate in rates]
+    best = rates[np.nanargmin(losses)]
+    found = claim([sums[best, arm] for arm in ARMS])
+    lab.report(args, "loss_landscape", draw(runs, best), table, found)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,105 @@
+"""Small batches: the same gradients, but fewer images that share statistics.
+
+A network of 3 × 100 ReLUs, SGD at rate 0.1, 200 steps (--full: 1000), 5 seeds, untuned.
+The gradient is always that of 256 images, but only groups of m share statistics, as on
+256/m devices, whose running ones are averaged; or statistics are synchronized.
+"""
+
+from typing import Any
+
+import _experiment as lab
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, lax
+from matplotlib.figure import Figure
+
+KINDS = "running statistics", "with biased variances", "those of all images"
+
+
+@jax.jit(static_argnames="axis_name")
+def fit(data: tuple, model: lab.Model, rows: Array, axis_name: Any = None) -> Array:
+    """Train by `rows`, steps × groups × m: accuracies by `KINDS`, and the second loss.
+
+    Each group takes an SGD step of its own. The average of the models that these leave
+    is the model after one step by the gradient of the mean loss.
+    """
+    (test, train), m = data, rows.shape[-1]
+
+    def step(model: lab.Model, rows: Array) -> tuple[lab.Model, Array]:
+        def of_group(rows: Array) -> tuple[lab.Model, Array]:
+            return lab.sgd(model, train, rows[None], 0.1, axis_name=axis_name)
+
+        models, costs = jax.vmap(of_group, axis_name="groups")(rows)
+        return jax.tree.map(lambda a: a.mean(0).astype(a.dtype), models), costs.mean()
+
+    (params, running), costs = lax.scan(step, model, rows)
+    _, whole, _ = lab.network(params, running, train.images, True, momentum=0.0)
+    biased = tuple(stats._replace(var=(m - 1) / m * stats.var) for stats in running)
+    states = jax.tree.map(lambda *a: jnp.stack(a), running, biased, whole)
+    accuracies = jax.vmap(lambda state: lab.accuracy((params, state), test))(states)
+    return jnp.append(accuracies, costs[1])
+
+
+def draw(sizes: tuple, fits: np.ndarray) -> Figure:
+    """Test errors by the number of images that share statistics."""
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    axes = figure.subplots()
+    for k, name in enumerate(KINDS):
+        lab.band(axes, sizes, 1 - fits[:, :-1, k], marker=".", label=name)
+    axes.axhline(1 - fits[:, -1, 0].mean(), color="k", ls=":", label="synchronized")
+    axes.set(yscale="log", xlabel="images m that share statistics", ylabel="test error")
+    axes.set_xscale("log", base=2)
+    axes.yaxis.set_major_formatter("{x:.0%}")
+    axes.yaxis.set_minor_formatter("{x:.0%}")
+    axes.legend()
+    return figure
+
+
+def judge(sizes: tuple, fits: np.ndarray) -> dict[str, Any]:
+    """What was found, with its figures, and whether it speaks for the claim."""
+    small, large = sizes[0], sizes[-1]
+    *by_size, synced = fits[..., 0].mean(0)
+    low, biased, whole, _ = fits[:, 0].mean(0)
+    best, apart = np.argmax(by_size), np.ptp(fits[:, -2:, 3], 1).max()
+    return {
+        f"groups of {small} reach {low:.1%}, below every run of {large}, which reach "
+        f"{by_size[-1]:.1%}": fits[:, 0, 0].max() < fits[:, -2, 0].min(),
+        f"the more, the better: {sizes[best]} is best, with {by_size[best]:.1%}": (
+            sizes[best] == large
+        ),
+        f"groups of {small} need m/(m-1): without, they reach {biased:.1%}": (
+            biased < low
+        ),
+        f"by the statistics of all images they reach {whole:.1%}: what suffers is "
+        "training": whole < (low + by_size[-1]) / 2,
+        f"synchronized they reach {synced:.1%}; after one step the loss is within "
+        f"{apart:.0e} of that of {large}": (
+            abs(synced - by_size[-1]) < 0.005 and apart < 1e-5
+        ),
+    }
+
+
+def main() -> None:
+    """All sizes of groups; a table and a picture of them."""
+    args, data = lab.arguments(__doc__), lab.digits()
+    runs, steps = args.pick((1, 10), (5, 200), (5, 1000))
+    sizes, fits = (2, 256) if args.quick else (2, 4, 8, 16, 64, 256), []
+    for seed in lab.progress(range(runs), "Seeds"):
+        start = jax.jit(lambda key: lab.init(key, True, 3))(jax.random.key(seed))
+        rows = lab.draw_rows(seed, steps, 256)
+        groups = [rows.reshape(steps, -1, m) for m in sizes]
+        alone = [fit(data, start, some) for some in groups]
+        fits.append([*alone, fit(data, start, groups[0], "groups")])
+    fits, names = np.array(fits), [*map(str, sizes), f"{sizes[0]}, synchronized"]
+    table = [["m", *(f"Accuracy by {kind}" for kind in KINDS)]]
+    for i, name in enumerate(names):
+        table.append([name, *(lab.spread(fits[:, i, k]) for k in range(len(KINDS)))])
+    claim = "small batches lose accuracy, and none once their statistics are shared."
+    lab.report(
+        args, "small_batches", draw(sizes, fits), table, (claim, judge(sizes, fits))
+    )
+
+
+if __name__ == "__main__":
+    main()
