@@ -92,7 +92,9 @@ def download(folder: Path) -> Path:
     subprocess.run([*pip, "--no-binary=flax", "-d", folder, wanted], check=True)
     (sdist,) = folder.glob("flax-*.tar.gz")
     with tarfile.open(sdist) as archive:
-        archive.extractall(folder, filter="data")
+        # Python before 3.11.4 has no filters.
+        archive.extraction_filter = getattr(tarfile, "data_filter", lambda m, _: m)
+        archive.extractall(folder)
     return folder / sdist.name.removesuffix(".tar.gz")
 
 
