@@ -138,9 +138,9 @@ def main() -> None:
     worst = max(single.values()), max(double.values())
     off = f"{factor.min():.1f} to {factor.max():.1f}"
     hold = f"all formulas hold to {worst[0]:.0e} in float32, {worst[1]:.0e} in float64"
-    divided = f"divided by (σ²+ε)^(-1/2), as that says, x̂ is a factor of {off} off"
+    divided = f"divided by (σ²+ε)^(-1/2), x̂ is off by a factor of {off}"
     findings = {hold: worst[0] < 1e-5 and worst[1] < 1e-13, divided: False}
-    claim = "the seed's nine steps, their sum and its inference line are right."
+    claim = "all nine steps are right, and so is to divide by (σ²+ε)^(-1/2)."
     head = ["Formula; largest difference from autodiff", "float32", "float64"]
     report(args, "backward_step_by_step", figure, [head, *rows], (claim, findings))
 

@@ -79,20 +79,20 @@ def noise(model: lab.Model, train: lab.Digits, image: Array, rows: Array) -> Arr
 
 def draw(tracks: np.ndarray, noises: np.ndarray) -> Figure:
     """Noise by m; errors of statistics in the course of training."""
-    figure = Figure(figsize=(13, 4.5), layout="constrained")
+    figure = Figure(figsize=(11, 4), layout="constrained")
     by_size, *by_time = figure.subplots(1, 3)
     for k, name in enumerate(NOISES):
         lab.band(by_size, SIZES, noises[:, :, k], marker=".", label=name)
     by_size.plot(SIZES, np.power(SIZES, -0.5), "k:", label="1/√m")
     by_size.set_xscale("log", base=2)
-    by_size.set(yscale="log", xlabel="images m", title="Noise: deviation over batches")
+    by_size.set(yscale="log", xlabel="images m", title="Noise over batches")
     for i, what in enumerate(("mean", "variance")):
         axes, percent = by_time[i], np.arange(5, 101, 5)
         for k, name in enumerate(ESTIMATES):
             lab.band(axes, percent, tracks[:, :, k, i], marker=".", label=name)
         axes.set(yscale="log", xlabel="% of training", title=f"Error of the {what}")
     for axes in figure.axes:
-        axes.legend(fontsize=8)
+        axes.legend(fontsize=7)
     return figure
 
 

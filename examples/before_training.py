@@ -19,8 +19,8 @@ from matplotlib.figure import Figure
 
 DEPTH = 32
 LINES = {"plain": ":", "skips": "-"}
-VARIANCES, GRADIENTS = "Last variance / first", "Largest gradient / median"
-EXPLOSION = "Second gradient / last"
+VARIANCES, GRADIENTS = "last variance / first", "largest gradient / median"
+EXPLOSION = "second gradient / last"
 
 
 @jax.jit(static_argnames="skips")
@@ -63,7 +63,7 @@ def tail(gradients: np.ndarray) -> np.ndarray:
 
 def draw(found: dict) -> Figure:
     """Means, variances and gradients against depth; the histogram of gradients."""
-    figure = Figure(figsize=(13, 4.5), layout="constrained")
+    figure = Figure(figsize=(11, 4), layout="constrained")
     layers, norms, histogram = figure.subplots(1, 3)
     at, bins = 1 + np.arange(DEPTH), np.geomspace(0.01, 100, 41)
     for (kind, norm), (mean2, var, sizes, gradients) in found.items():
@@ -83,7 +83,7 @@ def draw(found: dict) -> Figure:
     norms.set(yscale="log", xlabel="layer", ylabel="|gradient of kernel| / the last's")
     histogram.set(xscale="log", yscale="log", xlabel="|gradient| / median")
     histogram.set(ylabel=f"density, kernel of layer {DEPTH // 2 + 1}")
-    layers.legend(fontsize=8)
+    layers.legend(fontsize=7)
     return figure
 
 
@@ -92,15 +92,15 @@ def main() -> None:
     args, (_, train) = lab.arguments(__doc__), lab.digits()
     batch = lab.Digits(train.images[:64], train.labels[:64])
     found = measure(args.pick(1, 5, 50), batch)
-    table, findings = [["Network", "Batch norm", VARIANCES, GRADIENTS, EXPLOSION]], {}
+    table, findings = [["network", "batch norm", VARIANCES, GRADIENTS, EXPLOSION]], {}
     for (kind, norm), (_, var, norms, gradients) in found.items():
         cells = growth(var), tail(gradients), explosion(norms)
-        row = [kind, "yes" if norm else "no", *(lab.spread(c, ".2g") for c in cells)]
+        row = [kind, "yes" if norm else "no", *(lab.spread(c, ".3g") for c in cells)]
         table.append(row)
     for kind in LINES:
         for what, of, part in ((VARIANCES, growth, 1), (GRADIENTS, tail, 3)):
             a, b = (of(found[kind, norm][part]) for norm in NAME)
-            text = f"{kind}, {what} {a.mean():.2g}, with batch norm {b.mean():.2g}"
+            text = f"{kind}: {what} {a.mean():.3g}, with batch norm {b.mean():.3g}"
             findings[text] = a.min() > b.max()
     claim = (
         "without batch norm activations grow with depth, gradients have heavier tails."

@@ -133,11 +133,12 @@ def main() -> None:
     raw, normed = columns = [column(arm) for arm in arms.values()]
     table = [["", *NAME.values()], *map(list, zip(ROWS, *columns, strict=True))]
     good, alike = arms[True]["good"], [np.ptp(a["kept"]) < 0.05 for a in arms.values()]
-    claim = "unbalanced scales make one rate too large and too small, normalized not."
+    claim = "unbalanced scales make a rate too large and too small, normal ones not."
     findings = {
-        f"rates within 1 % after {steps} steps, unscaled: {raw[4]}": raw[4] == "none",
+        f"rates within 1 % after {steps} steps, as they are: {raw[4]}": raw[4]
+        == "none",
         f"normalized: {normed[4]}": len(good) > 0 and good[-1] > 10 * good[0],
-        f"a penalty keeps of the weights, unscaled, {raw[5]}": not alike[0],
+        f"a penalty keeps of the weights, as they are, {raw[5]}": not alike[0],
         f"normalized, {normed[5]}": alike[1],
     }
     figure = draw(data, arms, rates, steps)

@@ -23,7 +23,13 @@ RATE, EVERY = 0.05, 100  # of the baseline; steps from one look to the next
 TIMES = {1: "-", 5: "--", 30: ":", 100: "-."}  # that rate, and how it is drawn
 PAPER = {1: "2.3", 5: "15", 30: "11", 100: ""}  # times fewer steps, of 31.0e6, ImageNet
 SHIFTS = {0.4: ":", 0.8: "--", 1.1: "-"}  # rates of the two layers that shift
-HEAD = ["Batch norm", "Rate", "Best accuracy", "Steps to the first's", "Times fewer"]
+HEAD = [
+    "Batch norm",
+    "Rate",
+    "Best accuracy",
+    "Steps to the first row's",
+    "Times fewer",
+]
 HEAD += ["In the paper", "Median moves", "Correlation"]
 
 
@@ -103,7 +109,7 @@ def row(norm: bool, times: int, arm: list, steps: np.ndarray, fewer: float) -> l
 
 
 def claim(arms: dict, fewer: dict, ways: dict) -> tuple[str, dict]:
-    """What the seed and the paper say, and whether the numbers bear them out."""
+    """What is claimed, and whether the numbers bear it out."""
     raw, normed = ([fate(ways[norm, r]) for r in SHIFTS] for norm in NAME)
     moves = [drift(arms[norm, 1][1]).mean() for norm in NAME]
     best = [max(arms[n, t][0].max(1).mean() for t in TIMES) for n in NAME]
@@ -113,10 +119,10 @@ def claim(arms: dict, fewer: dict, ways: dict) -> tuple[str, dict]:
     return text + "larger rates serve, training is faster and ends higher.", {
         f"two layers: {' / '.join(raw)}": raw == ["straight", "zigzags", "diverges"],
         f"with batch norm: {' / '.join(normed)}": set(normed) == {"straight"},
-        f"medians move {moves[1]:.2f} for {moves[0]:.2f} spreads": moves[1] < moves[0],
+        f"medians move {moves[1]:.2f} spreads for {moves[0]:.2f}": moves[1] < moves[0],
         f"{at_rates} times fewer steps at 1, 5, 30 times the rate": min(speed) > 1,
-        f"only with it: {alone[1]:.1f} / {alone[2]:.1f} without": max(alone) <= 1,
-        f"best of all rates: {best[1]:.1%} for {best[0]:.1%}": best[1] > best[0],
+        f"only with it; without {alone[1]:.1f} and {alone[2]:.1f}": max(alone) <= 1,
+        f"at its best rate {best[1]:.1%} for {best[0]:.1%}": best[1] > best[0],
     }
 
 
@@ -130,10 +136,8 @@ def main() -> None:
     rows = np.stack([lab.draw_rows(seed, steps, 60) for seed in range(5)])
     keys = lab.progress([(norm, times) for norm in NAME for times in TIMES], "Sigmoids")
     arms = {(n, t): train(data, n, t * RATE, rows) for n, t in keys}
-    goals = arms[False, 1][0].max(1)
-    reached = {
-        a: EVERY * lab.reached(seen[0], goals[:, None]) for a, seen in arms.items()
-    }
+    goals = arms[False, 1][0].max(1)[:, None]
+    reached = {a: EVERY * lab.reached(of[0], goals) for a, of in arms.items()}
     fewer = {arm: (reached[False, 1] / there).mean() for arm, there in reached.items()}
     table = [HEAD, *(row(*a, seen, reached[a], fewer[a]) for a, seen in arms.items())]
     result = draw(arms, ways), table, claim(arms, fewer, ways)

@@ -14,7 +14,7 @@ import numpy as np
 from jax import Array, lax
 from matplotlib.figure import Figure
 
-KINDS = "running statistics", "with biased variances", "those of all images"
+KINDS = "running statistics", "biased variances", "statistics of all images"
 
 
 @jax.jit(static_argnames="axis_name")
@@ -92,7 +92,7 @@ def main() -> None:
         alone = [fit(data, start, some) for some in groups]
         fits.append([*alone, fit(data, start, groups[0], "groups")])
     fits, names = np.array(fits), [*map(str, sizes), f"{sizes[0]}, synchronized"]
-    table = [["m", *(f"Accuracy by {kind}" for kind in KINDS)]]
+    table = [["m", *(f"Accuracy, {kind}" for kind in KINDS)]]
     for i, name in enumerate(names):
         table.append([name, *(lab.spread(fits[:, i, k]) for k in range(len(KINDS)))])
     claim = "small batches lose accuracy, and none once their statistics are shared."
