@@ -21,7 +21,6 @@ import jaxbn
 import jaxbn.linen
 import jaxbn.nnx
 
-pytestmark = pytest.mark.xdist_group("pages")  # one worker runs them, once
 EPSILON = 1e-5
 ARGUMENTS = {"params", "state", "x", "train"}
 
