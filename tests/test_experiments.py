@@ -265,13 +265,13 @@ def test_ratios_over_layers_and_gradients():
 def test_a_probe_looks_along_the_gradient(rng, data):
     """Loss at x - t·rate·g; how far g goes; the steepest of its changes."""
     model, rate = some_model(rng, norm=True), 0.1
-    gradient = jax.grad(lab.loss, has_aux=True)
+    gradient, loss = jax.jit(jax.grad(lab.loss, has_aux=True)), jax.jit(lab.loss)
     g, _ = gradient(*model, data)
     found = loss_landscape.probe(model, g, data, rate)
     size, changes = jnp.linalg.norm(flat(g)), []
     for length, cost in zip(loss_landscape.LENGTHS, found["losses"], strict=True):
         y = jax.tree.map(lambda p, d, t=length: p - t * rate * d, model[0], g)
-        np.testing.assert_allclose(lab.loss(y, model[1], data)[0], cost, rtol=1e-4)
+        np.testing.assert_allclose(loss(y, model[1], data)[0], cost, rtol=1e-4)
         changes.append(jnp.linalg.norm(flat(gradient(y, model[1], data)[0]) - flat(g)))
     np.testing.assert_allclose(found["changes"], changes, rtol=1e-3)
     np.testing.assert_allclose(found["predictiveness"], max(changes), rtol=1e-3)
@@ -339,6 +339,7 @@ def test_groups_share_a_gradient_and_perhaps_statistics(rng, data, axis_name):
     rows = np.stack([rng.permutation(ROWS).reshape(3, 4) for _ in range(2)])
     found = small_batches.fit((data, data), model, jnp.asarray(rows), axis_name)
 
+    @jax.jit
     def mean_loss(params, rows):
         groups = rows.reshape(1, ROWS) if axis_name else rows
         batches = [lab.Digits(data.images[g], data.labels[g]) for g in groups]
