@@ -56,9 +56,15 @@ def explosion(norms: np.ndarray) -> np.ndarray:
     return norms[:, 0] / norms[:, -1]
 
 
+def relative(gradients: np.ndarray) -> np.ndarray:
+    """Those that are not 0, in units of their median."""
+    alive = gradients[gradients > 0]
+    return alive / np.median(alive)
+
+
 def tail(gradients: np.ndarray) -> np.ndarray:
     """By seed, the largest in units of the median of those that are not 0."""
-    return np.array([g.max() / np.median(g[g > 0]) for g in gradients])
+    return np.array([relative(g).max() for g in gradients])
 
 
 def draw(found: dict) -> Figure:
@@ -67,17 +73,14 @@ def draw(found: dict) -> Figure:
     layers, norms, histogram = figure.subplots(1, 3)
     at, bins = 1 + np.arange(DEPTH), np.geomspace(0.01, 100, 41)
     for (kind, norm), (mean2, var, sizes, gradients) in found.items():
-        style, label = (
-            {"ls": LINES[kind], "color": COLOR[norm]},
-            f"{kind}, {NAME[norm]}",
-        )
-        band(layers, at, var, label=label, **style)
+        style = {"ls": LINES[kind], "color": COLOR[norm]}
+        band(layers, at, var, label=f"{kind}, {NAME[norm]}", **style)
         if not norm:  # with batch norm the mean is 0
-            line = {"ls": LINES[kind], "color": "C3"}
-            band(layers, at, mean2, label=f"{kind}, mean² instead", **line)
+            red = style | {"color": "C3"}
+            band(layers, at, mean2, label=f"{kind}, mean² instead", **red)
         band(norms, at[1:], sizes / sizes[:, -1:], **style)
-        relative = [g[g > 0] / np.median(g[g > 0]) for g in gradients]
-        counts, edges = np.histogram(np.concatenate(relative), bins, density=True)
+        sizes = np.concatenate([relative(g) for g in gradients])
+        counts, edges = np.histogram(sizes, bins, density=True)
         histogram.stairs(counts, edges, **style)
     layers.set(yscale="log", xlabel="layer", ylabel="variance of what enters a ReLU")
     norms.set(yscale="log", xlabel="layer", ylabel="|gradient of kernel| / the last's")

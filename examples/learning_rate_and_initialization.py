@@ -83,10 +83,8 @@ def numbers(found: dict[str, dict]) -> dict[str, np.ndarray]:
     wrong = [(loss < FAILED) != (rate <= limit) for rate, loss in scan]
     rows[f"Of {len(wrong)} rates, a scan differs at"] = np.sum(wrong, 0)
     ends = [curves[..., -1] for curves in found["curves"].values()]
-    epochs, name = (
-        lab.reached(found["curves"][1.0], 0.9) / 2,
-        f"mean of {len(ends)} scales",
-    )
+    epochs = lab.reached(found["curves"][1.0], 0.9) / 2
+    name = f"mean of {len(ends)} scales"
     rows[f"Accuracy, {name}, rate 0.1"] = np.mean([end[SAME] for end in ends], 0)
     rows[f"Accuracy, {name}, best rates"] = np.mean([e[best(e)] for e in ends], 0)
     rows["Epochs to 90 %, rate 0.1"] = epochs[SAME]
