@@ -111,6 +111,7 @@ def train_step(
     dx = dx_hat * dx_hat_dx + dmu * dmu_dx + dsigma2 * dsigma2_dx
 
     terms = (np.abs(x) + np.abs(mu)) * inv_std  # of x_hat, before they cancel
+    eps = np.finfo(np.float32).eps
     return Result(
         y=rows_back(y, case.x.shape, axis),
         mean=mean,
@@ -123,7 +124,11 @@ def train_step(
         sizes={
             "dx": np.abs(dx_hat * dx_hat_dx).max(initial=0),
             "dscale": (np.abs(dy) * terms).sum(0).max(initial=0),
+            "dbias": np.abs(dy).sum(0).max(initial=0),
             "y": (np.abs(case.scale) * terms).max(initial=0),
+            "mean": np.abs([keep * case.mean, (1 - keep) * mu]).max(initial=0),
+            # Of equal values the mean rounds, and a variance of that size is left.
+            "var": (1 - keep) * eps * (bessel * n * (x**2).max(0, initial=0)).max(),
         },
     )
 

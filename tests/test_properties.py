@@ -3,8 +3,9 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from helpers import TOLERANCE, assert_close, rounded, run
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from oracle import random_case, train_step
 
@@ -42,7 +43,6 @@ def masks(draw, shape, rng):
     return weights
 
 
-@settings(max_examples=25, deadline=None)
 @given(data=st.data(), seed=st.integers(0, 2**32 - 1), options=OPTIONS)
 def test_any_shape_axis_mask_and_option(data, seed, options):
     rng = np.random.default_rng(seed)
@@ -54,7 +54,6 @@ def test_any_shape_axis_mask_and_option(data, seed, options):
     assert_close(actual, expected, TOLERANCE["float32"])
 
 
-@settings(max_examples=60, deadline=None)
 @given(
     data=st.data(),
     shape=st.tuples(st.integers(0, 6), st.integers(1, 3)),
@@ -77,7 +76,6 @@ def test_finite_input_gives_a_finite_state(data, shape, momentum):
     assert np.all(np.asarray(new.var) >= 0)
 
 
-@settings(max_examples=30, deadline=None)
 @given(seed=st.integers(0, 2**32 - 1), copies=st.integers(1, 4))
 def test_an_integer_weight_counts_a_row_that_often(seed, copies):
     rng = np.random.default_rng(seed)
@@ -89,3 +87,12 @@ def test_an_integer_weight_counts_a_row_that_often(seed, copies):
     _, plain = jaxbn.batch_norm(params, state, repeated, True, momentum=None)
     close = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)  # noqa: E731
     jax.tree.map(close, weighted, plain)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_variance_of_one_element_counted_three_times_is_zero(seed):
+    """Three times x, divided by 3, is not x: a variance of rounding is left."""
+    rng = np.random.default_rng(seed)
+    case = rounded(random_case(rng, (1, 1)), "float32")
+    options = {"momentum": 0.0, "unbiased": False, "mask": np.full((1, 1), 3)}
+    assert_close(run(case, **options), train_step(case, **options), 2e-5)
