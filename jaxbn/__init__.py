@@ -8,13 +8,13 @@ import importlib
 import types
 import typing
 
-from ._batch_norm import batch_norm as batch_norm
-from ._folding import fold as fold
-from ._folding import inference_affine as inference_affine
-from ._init import init as init
-from ._population import population as population
-from ._variables import BatchNormParams as BatchNormParams
-from ._variables import BatchNormState as BatchNormState
+from ._core.batch_norm import batch_norm as batch_norm
+from ._core.init import init as init
+from ._core.variables import BatchNormParams as BatchNormParams
+from ._core.variables import BatchNormState as BatchNormState
+from ._inference.folding import fold as fold
+from ._inference.folding import inference_affine as inference_affine
+from ._inference.population import population as population
 
 if typing.TYPE_CHECKING:
     from . import convert as convert

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import settings
 
 # The same examples in each run: no landing depends on luck. Look for new ones with
-# `pytest tests/test_properties.py --hypothesis-profile=search`.
+# `pytest tests/core/test_properties.py --hypothesis-profile=search`.
 settings.register_profile("fixed", derandomize=True, max_examples=40, deadline=None)
 settings.register_profile("search", max_examples=2000, deadline=None)
 settings.load_profile("fixed")

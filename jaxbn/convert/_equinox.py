@@ -14,7 +14,7 @@ import jax
 import numpy as np
 from jax.tree_util import keystr
 
-from .._variables import BatchNormParams, BatchNormState
+from .._core.variables import BatchNormParams, BatchNormState
 from ._checks import check_begun
 from ._flax import into_flax, out_of_flax
 from ._layers import (

@@ -12,9 +12,9 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from .._axes import spread
-from .._checks import check_axis
-from .._variables import BatchNormParams, BatchNormState
+from .._core.axes import spread
+from .._core.checks import check_axis
+from .._core.variables import BatchNormParams, BatchNormState
 from ._checks import check_flat
 from ._flax import into_flax, out_of_flax
 from ._layers import (

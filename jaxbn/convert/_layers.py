@@ -12,8 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.tree_util import GetAttrKey, KeyPath, keystr
 
-from .._dtypes import widen
-from .._variables import BatchNormParams, BatchNormState
+from .._core.dtypes import widen
+from .._core.variables import BatchNormParams, BatchNormState
 from ._checks import check_fit, check_layer, check_single
 
 Layer = tuple[BatchNormParams, BatchNormState]

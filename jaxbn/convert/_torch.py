@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from .._variables import BatchNormParams, BatchNormState
+from .._core.variables import BatchNormParams, BatchNormState
 from ._flax import into_flax, out_of_flax
 from ._layers import Format, Layer, as_vectors, find, read, read_single, replace
 

@@ -1,0 +1,1 @@
+"""The pure function: imports JAX alone."""

@@ -1,0 +1,1 @@
+"""Shared by `jaxbn.linen` and `jaxbn.nnx`; imports no Flax."""

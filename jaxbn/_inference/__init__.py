@@ -1,0 +1,1 @@
+"""After training: population statistics and folding, for arrays."""

@@ -1,0 +1,176 @@
+"""The layer for Flax linen, and what it computes, for Flax's own layers as well."""
+
+from collections.abc import Sequence
+from dataclasses import field
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from flax.linen.dtypes import canonicalize_dtype
+from jax.typing import ArrayLike
+
+from .._core.variables import BatchNormParams
+from .._flax.layer import as_inexact, ascending_axes, normalize_with, state_of
+
+
+class BatchNorm(nn.BatchNorm):
+    r"""`flax.linen.BatchNorm`, field for field, computed as jaxbn does.
+
+    $$y = \frac{x - \mu}{\sqrt{\sigma^2 + \epsilon}} \cdot scale + bias$$
+
+    μ and σ² are the batch's, or the running ones with `use_running_average=True`.
+    Fields, defaults and variables are Flax's, so that models and checkpoints work with
+    either: `params` holds `scale` and `bias`, `batch_stats` holds `mean` and `var`, all
+    in the features' shape (in ascending order where `axis` names several axes).
+    Nothing is updated during `init`, and `axis_name` need not exist there, nor at
+    inference.
+
+    **Fields that differ from Flax's**
+
+    - `momentum`: may be `None`: the running statistics are then the average of all
+      batches with equal weight, and `batch_stats` holds a `count` of them beside
+      `mean` and `var`. Variables without one count as no batch: the first replaces
+      them. `momentum` and `epsilon` are Python numbers, never traced.
+    - `unbiased`: the running variance absorbs n/(n-1)·σ², as in the paper and PyTorch.
+      Keyword only; `False`, as in Flax, unless given.
+    - `autodiff`: `"jax"` is for forward mode (`jax.jvp`, `jax.jacfwd`), which the
+      closed form of the backward, `"custom_vjp"`, refuses. Keyword only.
+    - `use_fast_variance`: accepted, and without effect: the variance is the stable one.
+    - `force_float32_reductions`: `False` stores the statistics in `param_dtype`, as in
+      Flax; sums are in float32 or wider either way.
+
+    **Arguments** of a call: `x` (integers are taken as float32), `use_running_average`,
+    and `mask`, which broadcasts to `x`: bool and integer masks leave out what is 0, a
+    floating one weighs (Flax would take it as a bool).
+
+    **Returns** y, in `dtype`, or in what `x`, `scale` and `bias` promote to.
+
+    **Raises** `ValueError` and `TypeError` as `jaxbn.batch_norm` does, while tracing.
+
+    Against Flax: the variance does not cancel for large means, masked statistics are
+    weighted by count over devices, an empty batch (or shard) leaves the running
+    statistics alone, and these keep their dtype under x64.
+
+    Source: Ioffe & Szegedy, [arXiv:1502.03167](https://arxiv.org/abs/1502.03167),
+    Algorithms 1 and 2.
+
+    >>> import jax, jax.numpy as jnp, jaxbn.linen
+    >>> x = jnp.array([[1.0, 10.0], [3.0, 30.0]])
+    >>> layer = jaxbn.linen.BatchNorm(use_running_average=False, momentum=0.9)
+    >>> variables = layer.init(jax.random.key(0), x)
+    >>> y, updates = layer.apply(variables, x, mutable=["batch_stats"])
+    >>> y.round(3)
+    Array([[-1., -1.],
+           [ 1.,  1.]], dtype=float32)
+    >>> updates["batch_stats"]["mean"]
+    Array([0.2, 2. ], dtype=float32)
+    """
+
+    axis: int | Sequence[int] = -1  # pyright: ignore[reportIncompatibleVariableOverride]
+    momentum: float | None = 0.99  # pyright: ignore[reportIncompatibleVariableOverride]
+    unbiased: bool = field(default=False, kw_only=True)
+    autodiff: str = field(default="custom_vjp", kw_only=True)
+
+    @nn.compact
+    def __call__(
+        self,
+        x: ArrayLike,
+        use_running_average: bool | None = None,
+        *,
+        mask: ArrayLike | None = None,
+    ) -> jax.Array:
+        """Normalize `x`; the arguments are explained at the class."""
+        return call(
+            self,
+            x,
+            use_running_average,
+            mask=mask,
+            unbiased=self.unbiased,
+            autodiff=self.autodiff,
+        )
+
+
+def call(
+    layer: nn.BatchNorm,
+    x: ArrayLike,
+    use_running_average: bool | None = None,
+    *,
+    mask: ArrayLike | None = None,
+    unbiased: bool = False,
+    autodiff: str = "custom_vjp",
+) -> jax.Array:
+    """What `BatchNorm.__call__` does, for Flax's layers as for ours."""
+    inference = nn.merge_param(
+        "use_running_average", layer.use_running_average, use_running_average
+    )
+    return compute(
+        layer,
+        x,
+        train=not inference,
+        mask=mask,
+        axis_name=None if layer.is_initializing() else layer.axis_name,
+        unbiased=unbiased,
+        autodiff=autodiff,
+    )
+
+
+def compute(
+    layer: nn.BatchNorm,
+    x: ArrayLike,
+    *,
+    train: bool,
+    mask: ArrayLike | None,
+    axis_name: Any,
+    unbiased: bool = False,
+    autodiff: str = "custom_vjp",
+) -> jax.Array:
+    """A call whose mode, and axis to synchronize over, are settled."""
+    initializing = layer.is_initializing()
+    shape = tuple(jnp.shape(x)[a] for a in ascending_axes(layer.axis, jnp.ndim(x)))
+    stats = _stats(layer, shape, counted=initializing or train)
+    params = _params(layer, shape)
+    y, state = normalize_with(
+        layer,
+        params,
+        state_of(**{name: variable.value for name, variable in stats.items()}),
+        as_inexact(x),
+        train=train,
+        mask=mask,
+        axis_name=axis_name,
+        dtype=canonicalize_dtype(x, *params, dtype=layer.dtype),
+        unbiased=unbiased,
+        autodiff=autodiff,
+    )
+    if train and not initializing:
+        for name, variable in stats.items():
+            variable.value = getattr(state, name)
+    return y
+
+
+def _stats(layer: nn.BatchNorm, shape: tuple[int, ...], counted: bool) -> dict:
+    """The layer's variables; a `count` only where the average needs one."""
+    dtype = jnp.float32 if layer.force_float32_reductions else layer.param_dtype
+    variable = partial(layer.variable, "batch_stats")
+    stats = {
+        "mean": variable("mean", jnp.zeros, shape, dtype),
+        "var": variable("var", jnp.ones, shape, dtype),
+    }
+    if counted and layer.momentum is None:
+        stats["count"] = variable("count", jnp.zeros, (), jnp.int32)
+    return stats
+
+
+def _params(layer: nn.BatchNorm, shape: tuple[int, ...]) -> BatchNormParams:
+    def param(name: str, used: bool, init: Any) -> jax.Array | None:
+        if not used:
+            return None
+        value = layer.param(name, init, shape, layer.param_dtype)
+        keep = layer.force_float32_reductions
+        return value if keep else value.astype(layer.param_dtype)
+
+    return BatchNormParams(
+        scale=param("scale", layer.use_scale, layer.scale_init),
+        bias=param("bias", layer.use_bias, layer.bias_init),
+    )

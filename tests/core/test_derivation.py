@@ -1,0 +1,245 @@
+"""docs/mathematics.md against float64: the nine steps, each by itself, and the rest."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jaxbn
+from jaxbn._core.moments import moments
+from jaxbn._core.normalize import normalize
+
+EPSILON = 0.1
+M, C = 11, 4
+
+
+class Symbols:
+    """Those of docs/mathematics.md, in float64 NumPy."""
+
+    def __init__(self, rng):
+        self.x = 3 + 2 * rng.normal(size=(M, C))
+        self.gamma, self.beta = rng.normal(size=(2, 1, C))
+        self.dl_dy = rng.normal(size=(M, C))
+        self.mu = self.x.mean(0, keepdims=True)
+        self.sigma2 = self.x.var(0, keepdims=True)
+        self.x_hat = (self.x - self.mu) / np.sqrt(self.sigma2 + EPSILON)
+        self.dl_dx_hat = self.dl_dy * self.gamma
+
+
+@pytest.fixture
+def symbols(rng, x64):
+    return Symbols(rng)
+
+
+@pytest.fixture
+def normalize_vjp(symbols):
+    """Cotangents of x (held apart from the statistics), μ, σ², scale and bias."""
+
+    def f(x, mean, var, scale, bias):
+        return normalize(
+            *(x, x, mean, var, scale, bias),
+            epsilon=EPSILON,
+            axes=(0,),
+            dtype=x.dtype,
+            closed_form=True,
+        )
+
+    args = (symbols.x, symbols.mu, symbols.sigma2, symbols.gamma, symbols.beta)
+    y, vjp = jax.vjp(f, *map(jnp.asarray, args))
+    close(y, symbols.gamma * symbols.x_hat + symbols.beta)
+    names = ("x", "mu", "sigma2", "gamma", "beta")
+    return dict(zip(names, vjp(jnp.asarray(symbols.dl_dy)), strict=True))
+
+
+def moments_of(x, weights=None):
+    """(μ, σ²) by the closed form."""
+    m = moments(x, x, weights, (0,), closed_form=True)
+    return m.mean, m.var
+
+
+def close(actual, expected):
+    np.testing.assert_allclose(actual, expected, rtol=1e-10, atol=1e-12)
+
+
+def test_steps_1_and_7_x_hat_to_x(symbols, normalize_vjp):
+    dx_hat_dx = (symbols.sigma2 + EPSILON) ** -0.5
+    close(normalize_vjp["x"], symbols.dl_dx_hat * dx_hat_dx)
+
+
+def test_step_2_scale(symbols, normalize_vjp):
+    close(normalize_vjp["gamma"], (symbols.dl_dy * symbols.x_hat).sum(0, keepdims=True))
+
+
+def test_step_3_bias(symbols, normalize_vjp):
+    close(normalize_vjp["beta"], symbols.dl_dy.sum(0, keepdims=True))
+
+
+def test_step_4_variance(symbols, normalize_vjp):
+    terms = symbols.dl_dx_hat * -0.5 * (symbols.x - symbols.mu)
+    expected = (terms * (symbols.sigma2 + EPSILON) ** -1.5).sum(0, keepdims=True)
+    close(normalize_vjp["sigma2"], expected)
+
+
+def test_step_5_variance_to_mean_is_zero(symbols):
+    """∂σ²/∂μ = -2/m Σ(x-μ) vanishes, so the closed form of step 9 has no such term."""
+    dsigma2_dmu = -2 / M * (symbols.x - symbols.mu).sum(0)
+    np.testing.assert_allclose(dsigma2_dmu, 0, atol=1e-14)
+    with_step_5 = 2 / M * (symbols.x - symbols.mu) + dsigma2_dmu * (1 / M)
+    _, vjp = jax.vjp(moments_of, jnp.asarray(symbols.x))
+    close(vjp((jnp.zeros((1, C)), jnp.ones((1, C))))[0], with_step_5)
+
+
+def test_step_6_mean(symbols, normalize_vjp):
+    dx_hat_dmu = -((symbols.sigma2 + EPSILON) ** -0.5)
+    close(normalize_vjp["mu"], (symbols.dl_dx_hat * dx_hat_dmu).sum(0, keepdims=True))
+
+
+def test_step_8_mean_to_x(symbols, rng):
+    dl_dmu = rng.normal(size=(1, C))
+    _, vjp = jax.vjp(moments_of, jnp.asarray(symbols.x))
+    close(
+        vjp((jnp.asarray(dl_dmu), jnp.zeros((1, C))))[0], dl_dmu / M * np.ones((M, 1))
+    )
+
+
+def test_step_9_variance_to_x(symbols, rng):
+    dl_dsigma2 = rng.normal(size=(1, C))
+    _, vjp = jax.vjp(moments_of, jnp.asarray(symbols.x))
+    actual = vjp((jnp.zeros((1, C)), jnp.asarray(dl_dsigma2)))[0]
+    close(actual, dl_dsigma2 * 2 / M * (symbols.x - symbols.mu))
+
+
+def test_steps_8_and_9_with_weights(symbols, rng):
+    w = rng.uniform(size=(M, 1)) * (rng.random((M, 1)) < 0.7)
+    n = w.sum()
+    mu = (w * symbols.x).sum(0, keepdims=True) / n
+    dl_dmu, dl_dsigma2 = rng.normal(size=(2, 1, C))
+    _, vjp = jax.vjp(lambda x: moments_of(x, jnp.asarray(w)), jnp.asarray(symbols.x))
+    actual = vjp((jnp.asarray(dl_dmu), jnp.asarray(dl_dsigma2)))[0]
+    close(actual, w / n * dl_dmu + 2 * w / n * (symbols.x - mu) * dl_dsigma2)
+
+
+def test_the_whole_chain(symbols, rng):
+    """∂l/∂x as the text composes it, and the fused form that jaxbn amounts to."""
+
+    def apply(x):
+        params = jaxbn.BatchNormParams(
+            *map(jnp.asarray, (symbols.gamma[0], symbols.beta[0]))
+        )
+        _, state = jaxbn.init(C, param_dtype=jnp.float64)
+        return jaxbn.batch_norm(params, state, x, True, epsilon=EPSILON)[0]
+
+    _, vjp = jax.vjp(apply, jnp.asarray(symbols.x))
+    r = (symbols.sigma2 + EPSILON) ** -0.5
+    dl_dsigma2 = (symbols.dl_dx_hat * -0.5 * (symbols.x - symbols.mu) * r**3).sum(0)
+    dl_dmu = dl_dsigma2 * -2 / M * (symbols.x - symbols.mu).sum(0)
+    dl_dmu = dl_dmu + (symbols.dl_dx_hat * -r).sum(0)
+    chain = (
+        symbols.dl_dx_hat * r
+        + dl_dmu / M
+        + dl_dsigma2 * 2 / M * (symbols.x - symbols.mu)
+    )
+    close(vjp(jnp.asarray(symbols.dl_dy))[0], chain)
+    close(chain, fused(symbols, 1.0))
+
+
+def test_what_the_gradient_cannot_do(symbols):
+    """Its sum is 0, and ε / (σ² + ε) is left of its part along x̂."""
+    dx = fused(symbols, 1.0)
+    dgamma = (symbols.dl_dy * symbols.x_hat).sum(0, keepdims=True)
+    var = symbols.sigma2 + EPSILON
+    np.testing.assert_allclose(dx.sum(0), 0, atol=1e-13)
+    close(
+        (symbols.x_hat * dx).sum(0, keepdims=True),
+        symbols.gamma * var**-0.5 * EPSILON / var * dgamma,
+    )
+
+
+def test_the_two_functions_add_up_to_the_fused_form(symbols, normalize_vjp):
+    """With ∂l/∂μ = -γr ∂l/∂β and ∂l/∂σ² = -½ γr² ∂l/∂γ, as the text has them."""
+    r = (symbols.sigma2 + EPSILON) ** -0.5
+    close(normalize_vjp["mu"], -symbols.gamma * r * normalize_vjp["beta"])
+    close(
+        normalize_vjp["sigma2"],
+        -0.5 * symbols.gamma * r**2 * normalize_vjp["gamma"],
+    )
+    _, vjp = jax.vjp(moments_of, jnp.asarray(symbols.x))
+    (through_moments,) = vjp((normalize_vjp["mu"], normalize_vjp["sigma2"]))
+    close(normalize_vjp["x"] + through_moments, fused(symbols, 1.0))
+
+
+def test_the_fused_form_with_weights(symbols, rng):
+    w = rng.uniform(size=(M, 1)) * (rng.random((M, 1)) < 0.7)
+    symbols.mu = (w * symbols.x).sum(0, keepdims=True) / w.sum()
+    deviation = symbols.x - symbols.mu
+    symbols.sigma2 = (w * deviation**2).sum(0, keepdims=True) / w.sum()
+    symbols.x_hat = deviation / np.sqrt(symbols.sigma2 + EPSILON)
+    params = jaxbn.BatchNormParams(
+        *map(jnp.asarray, (symbols.gamma[0], symbols.beta[0]))
+    )
+    _, state = jaxbn.init(C, param_dtype=jnp.float64)
+
+    def apply(x):
+        return jaxbn.batch_norm(params, state, x, True, epsilon=EPSILON, mask=w)[0]
+
+    _, vjp = jax.vjp(apply, jnp.asarray(symbols.x))
+    close(vjp(jnp.asarray(symbols.dl_dy))[0], fused(symbols, w))
+
+
+def fused(symbols, w):
+    """∂l/∂xᵢ in one line, of rows that weigh `w`; each weighs 1 without weights."""
+    r = (symbols.sigma2 + EPSILON) ** -0.5
+    dgamma = (symbols.dl_dy * symbols.x_hat).sum(0, keepdims=True)
+    dbeta = symbols.dl_dy.sum(0, keepdims=True)
+    share = w / (w.sum() if isinstance(w, np.ndarray) else M)
+    inner = symbols.dl_dy - share * dbeta - share * symbols.x_hat * dgamma
+    return symbols.gamma * r * inner
+
+
+def test_the_erratum_is_a_factor_of_the_variance(rng):
+    """Divided by (σ² + ε)^(-1/2), y is 100 times too large at σ = 10."""
+    x = rng.normal(3, 10, size=(8, 1)).astype(np.float32)
+    params, state = jaxbn.init(1)
+    state = state._replace(mean=state.mean + 3, var=100 * state.var)
+    y, _ = jaxbn.batch_norm(params, state, x, train=False)
+    divided = (x - 3) / (100 + 1e-5) ** -0.5
+    np.testing.assert_allclose(divided, 100 * y, rtol=1e-5)
+
+
+def test_no_digit_is_left_of_the_difference_of_squares(rng):
+    """At |μ| = 10⁴σ in float32, whose neighbours are 8σ² apart there."""
+    assert np.spacing(np.float32(1e8)) == 8
+    x = rng.normal(1e4, 1, size=(4096, 16)).astype(np.float32)
+    difference = np.mean(x * x, 0) - np.mean(x, 0) ** 2
+    assert np.abs(difference - 1).min() > 0.5
+    assert difference.min() < 0
+    mean, var = moments_of(jnp.asarray(x))
+    np.testing.assert_allclose(var[0], np.var(x, 0, dtype=np.float64), rtol=1e-4)
+    np.testing.assert_allclose(mean[0], np.mean(x, 0, dtype=np.float64), rtol=1e-6)
+
+
+def test_the_cube_of_inv_std_underflows():
+    """Where σ is 10¹⁵, so that step 4 multiplies by it twice and in between."""
+    assert np.float32(1e-15) ** 3 < np.finfo(np.float32).tiny
+
+
+@pytest.mark.parametrize("shifts", [0.0, 1.0, 4.0, -7.5])
+def test_what_a_shift_loses(shifts, symbols):
+    """Σd² / M₂ = 1 + (μ - s)²/σ²; 17 where s is 4 deviations away."""
+    s = symbols.mu - shifts * np.sqrt(symbols.sigma2)
+    d = symbols.x - s
+    m2 = (d**2).sum(0) - d.sum(0) ** 2 / M
+    close(m2, M * symbols.sigma2[0])
+    close((d**2).sum(0) / m2, 1 + np.full(C, shifts) ** 2)
+
+
+@pytest.mark.parametrize("k", [1, 4, 16])
+def test_a_sample_of_outliers_is_the_worst(k, rng):
+    """k of m values are at most σ√(m/k - 1) off: a factor m/k, which outliers reach."""
+    m = 64 * k
+    outliers = np.zeros(m)
+    outliers[:k] = 1
+    for x in (outliers, rng.normal(size=m), rng.exponential(size=m)):
+        factor = 1 + (x.mean() - np.sort(x)[-k:].mean()) ** 2 / x.var()
+        assert factor <= 64 * (1 + 1e-12)
+    close(1 + (outliers.mean() - 1) ** 2 / outliers.var(), 64)

@@ -1,0 +1,156 @@
+"""Each complaint: the rule, what came, what to do; at trace time."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jaxbn
+from jaxbn._core import checks
+
+X = jnp.ones((4, 5, 3))
+
+
+def call(x=X, train=True, features=3, params=None, state=None, **options):
+    fresh_params, fresh_state = jaxbn.init(features)
+    return jaxbn.batch_norm(
+        params or fresh_params, state or fresh_state, x, train, **options
+    )
+
+
+def variables(**replaced):
+    params, state = jaxbn.init(3)
+    for name, value in replaced.items():
+        if name in params._fields:
+            params = params._replace(**{name: value})
+        else:
+            state = state._replace(**{name: value})
+    return {"params": params, "state": state}
+
+
+VALUE_ERRORS = {
+    "scale": (
+        variables(scale=jnp.ones(4)),
+        r"params.scale must .* \(3,\) .* got \(4,\)",
+    ),
+    "bias": (variables(bias=jnp.ones((3, 1))), r"params.bias must .* got \(3, 1\)"),
+    "mean": (variables(mean=jnp.ones(())), r"state.mean must .* got \(\).*init\(3\)"),
+    "var": (variables(var=jnp.ones(5)), r"state.var must .* pass axis= where"),
+    "features": ({"axis": 1}, r"shape of x's feature axes, \(5,\) .* axis=\(1,\); got"),
+    "axis high": ({"axis": 3}, r"from -3 to 2; got axis=3 for x of 3 dim"),
+    "axis low": ({"axis": -4}, r"from -3 to 2; got axis=-4"),
+    "no axis": ({"axis": ()}, r"must name feature axes .* got axis=\(\)"),
+    "axis twice": ({"axis": (2, -1)}, r"each feature axis once; got .*\(2, 2\)"),
+    "momentum": ({"momentum": 1.01}, r"\[0, 1\], or be None; got 1.01.*PyTorch"),
+    "momentum below": ({"momentum": -1}, r"momentum must lie in \[0, 1\]"),
+    "momentum nan": ({"momentum": float("nan")}, r"got nan"),
+    "epsilon": ({"epsilon": -1e-5}, r"epsilon must not be negative; got -1e-05"),
+    "autodiff": ({"autodiff": "forward"}, r"\('custom_vjp', 'jax'\); got 'forward'"),
+    "mask rank": (
+        {"mask": np.ones((1, 4, 5, 3))},
+        r"got mask \(1, 4, 5, 3\) for x \(4",
+    ),
+    "mask shape": ({"mask": np.ones(4)}, r"mask \(4,\) .* mask.reshape\(\(4, 1, 1\)\)"),
+    "groups": (
+        {"axis_index_groups": [[0]]},
+        r"needs an axis_name; got groups \(\(0,\),\)",
+    ),
+    "scalar": ({"x": jnp.float32(1)}, r"at least one axis.*got shape \(\)"),
+}
+TYPE_ERRORS = {
+    "momentum": ({"momentum": "high"}, r"momentum must be a Python number.*got 'high'"),
+    "epsilon": ({"epsilon": None}, r"epsilon must be a Python number.*got None"),
+    "int x": ({"x": jnp.ones((2, 3), jnp.int32)}, r"floating or complex; got int32"),
+    "bool x": ({"x": np.ones((2, 3), bool)}, r"got bool .*x.astype\(jnp.float32\)"),
+    "int scale": (variables(scale=jnp.ones(3, int)), r"params.scale must be floating"),
+    "complex bias": (
+        variables(bias=jnp.ones(3, jnp.complex64)),
+        r"got complex64 for x",
+    ),
+    "train": ({"train": 1}, r"train must be a Python bool.*got 1"),
+    "train array": ({"train": jnp.array(True)}, r"must be a Python bool"),
+    "complex mask": ({"mask": np.ones(3, np.complex64)}, r"mask must .* got complex64"),
+    "int dtype": ({"dtype": jnp.int32}, r"dtype must be floating .* got int32"),
+    "real dtype": (
+        {"x": X.astype(jnp.complex64), "dtype": "float32"},
+        r"must be complex .* got float32",
+    ),
+}
+
+
+@pytest.mark.parametrize(("kwargs", "match"), VALUE_ERRORS.values(), ids=VALUE_ERRORS)
+@pytest.mark.parametrize("train", [True, False])
+def test_value_errors(kwargs, match, train):
+    with pytest.raises(ValueError, match=match):
+        call(**{"train": train, **kwargs})
+
+
+@pytest.mark.parametrize(("kwargs", "match"), TYPE_ERRORS.values(), ids=TYPE_ERRORS)
+def test_type_errors(kwargs, match):
+    with pytest.raises(TypeError, match=match):
+        call(**kwargs)
+
+
+def test_traced_train_says_how_to_mark_it_static():
+    with pytest.raises(TypeError, match="static_argnames='train'"):
+        jax.jit(lambda train: call(train=train))(True)
+    assert jax.jit(lambda x, train: call(x, train), static_argnums=1)(X, True)
+
+
+def test_traced_momentum_says_how_to_mark_it_static():
+    with pytest.raises(TypeError, match=r"momentum must be .*pass it as a static arg"):
+        jax.jit(lambda momentum: call(momentum=momentum))(0.9)
+
+
+@pytest.mark.parametrize(
+    "groups", [[[0, 1]], [[0, 1], [1, 2]], [[0, 1, 2, 3], []], [[0, 1, 2, 9]]], ids=str
+)
+def test_groups_that_do_not_partition_the_axis(groups):
+    options = {"axis_name": "data", "axis_index_groups": groups}
+    with pytest.raises(ValueError, match=r"each index of the axis once, here 0 to 3"):
+        jax.vmap(lambda x: call(x, **options), axis_name="data")(X)
+
+
+@pytest.mark.parametrize("axis", [1.5, None, "last", (0, None)])
+def test_axes_that_are_not_integers(axis):
+    with pytest.raises(TypeError, match="an int or a sequence of ints; got"):
+        checks.check_axis(axis, 3)
+
+
+def test_groups_that_are_not_lists_of_lists():
+    with pytest.raises(ValueError, match=r"lists of axis indices .* got \(0, 1\)"):
+        checks.check_partition((0, 1), 2)
+
+
+def test_errors_come_while_tracing():
+    with pytest.raises(ValueError, match="feature axes"):
+        jax.eval_shape(lambda x: call(x, axis=1), X)
+    with pytest.raises(TypeError, match="floating or complex"):
+        jax.eval_shape(call, jax.ShapeDtypeStruct((4, 3), jnp.int8))
+    with pytest.raises(ValueError, match="at least one axis"):
+        jax.vmap(call)(jnp.ones(4))
+
+
+@pytest.mark.parametrize("num_features", [0, -3, (), (3, 0)], ids=str)
+def test_feature_counts_below_1(num_features):
+    with pytest.raises(ValueError, match=r"at least 1; got .*x.shape\[axis\]"):
+        jaxbn.init(num_features)
+
+
+def test_a_feature_count_that_is_not_an_integer():
+    with pytest.raises(TypeError, match=r"an int, or a tuple of ints.*got \(2, 2.5\)"):
+        checks.check_num_features((2, 2.5))
+
+
+def test_integer_parameters():
+    with pytest.raises(TypeError, match=r"param_dtype must be .* got int32"):
+        jaxbn.init(3, param_dtype=jnp.int32)
+
+
+@pytest.mark.parametrize(
+    "options", [{"momentum": 0}, {"momentum": 1}, {"momentum": None}, {"epsilon": 0}]
+)
+def test_the_bounds_themselves_are_allowed(options):
+    x = jnp.arange(24.0).reshape(8, 3)
+    y, _ = call(x, **options)
+    assert np.all(np.isfinite(y))

@@ -1,0 +1,180 @@
+"""Each platform's form of the sums: all are plain JAX, so all run here."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from helpers import TOLERANCE, assert_close, rounded, run
+from oracle import random_case, train_step
+
+import jaxbn
+from jaxbn._core import reductions
+
+FORMS = ["cpu", "cuda", "default"]
+MASKS = {
+    "none": lambda rng: None,
+    "bool": lambda rng: rng.random((6, 1, 1)) < 0.6,
+    "float": lambda rng: np.maximum(rng.normal(size=(6, 5, 3)), 0),
+}
+
+
+@pytest.fixture(params=FORMS)
+def form(request, monkeypatch):
+    """Run one platform's form whatever the platform and the size of x."""
+
+    def choose(*arrays, **forms):
+        return forms.get(request.param, forms["default"])(*arrays)
+
+    jax.clear_caches()  # jit would not know of the change
+    monkeypatch.setattr(reductions, "_on_platform", choose)
+    yield request.param
+    jax.clear_caches()
+
+
+@pytest.mark.parametrize("loc", [0.0, 3.0, 50.0])  # |μ|/σ about 0, 1.6 and 26
+@pytest.mark.parametrize("dtype", ["float64", "float32", "bfloat16"])
+@pytest.mark.parametrize("autodiff", ["custom_vjp", "jax"])
+def test_dtypes_near_and_far_from_zero(form, loc, dtype, autodiff, rng, x64):
+    case = rounded(random_case(rng, (64, 4, 5), loc=loc), dtype)
+    assert_close(run(case, autodiff=autodiff), train_step(case), TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize(
+    ("shape", "axis"), [((4, 6, 3, 5), 1), ((4, 3, 5), (0, 2)), ((9, 1), -1)], ids=str
+)
+def test_feature_axes(form, shape, axis, rng):
+    case = rounded(random_case(rng, shape, axis), "float32")
+    assert_close(run(case, axis=axis), train_step(case, axis=axis), 2e-5)
+
+
+@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("loc", [0.0, 50.0])
+def test_masks(form, mask, loc, rng):
+    case = rounded(random_case(rng, (6, 5, 3), loc=loc), "float32")
+    weights = MASKS[mask](rng)
+    assert_close(run(case, mask=weights), train_step(case, mask=weights), 2e-5)
+
+
+def test_one_far_channel_among_near_ones(form, rng):
+    """Chosen for all channels at once: the near may not suffer from the far one."""
+    case = random_case(rng, (512, 4))
+    case = rounded(case._replace(x=case.x + np.array([0, 0, 1e4, 0])), "float32")
+    actual, expected = run(case), train_step(case)
+    np.testing.assert_allclose(actual.var, expected.var, rtol=1e-4)
+    near = [0, 1, 3]
+    for name in ("dscale", "dbias", "mean"):
+        got, want = (np.asarray(getattr(r, name))[near] for r in (actual, expected))
+        np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-4)
+
+
+def test_just_near_is_as_good_as_far(form, rng):
+    """At |μ| = 4σ, where a CPU just takes sums about 0, the variance has 6 digits."""
+    x = (rng.normal(size=(20_000, 3)) + 3.99).astype(np.float32)
+    _, state = jaxbn.batch_norm(*jaxbn.init(3), x, True, momentum=0.0)
+    exact = x.astype(np.float64).var(0, ddof=1)
+    np.testing.assert_allclose(state.var, exact, rtol=5e-6)
+
+
+@pytest.mark.parametrize("value", [0.0, 1e4 + 0.1, -3e7])
+def test_constant_channels_give_the_bias(form, value, rng):
+    params, state = jaxbn.init(3)
+    bias = rng.normal(size=3).astype(np.float32)
+    params = params._replace(bias=jnp.asarray(bias))
+    x = jnp.full((500, 3), value)
+    y, new = jaxbn.batch_norm(params, state, x, True)
+    np.testing.assert_array_equal(y, np.tile(bias, (500, 1)))
+    assert np.all(np.asarray(new.var) >= 0)
+
+
+@pytest.mark.parametrize("size", [1e-30, 1e15, 1e18])
+def test_very_small_and_very_large_values(form, size, rng):
+    case = random_case(rng, (40, 3), loc=0.0, std=1.0)
+    scaled = (case.x * size).astype(np.float32)
+    y, state = jaxbn.batch_norm(*jaxbn.init(3), scaled, True)
+    assert np.isfinite(y).all()
+    assert np.isfinite(state.var).all()
+
+
+def test_vmap_takes_near_and_far_side_by_side(form, rng):
+    """Batched, the condition becomes a choice between both results."""
+    cases = [random_case(rng, (32, 4), loc=loc) for loc in (0.0, 80.0)]
+    xs = np.stack([case.x for case in cases]).astype(np.float32)
+    params, state = jaxbn.init(4)
+
+    def loss(x):
+        y, new = jaxbn.batch_norm(params, state, x, True)
+        return jnp.sum(jnp.sin(y)) + jnp.sum(new.var)
+
+    together = jax.vmap(jax.value_and_grad(loss))(xs)
+    alone = [jax.value_and_grad(loss)(x) for x in xs]
+    for got, *want in zip(
+        jax.tree.leaves(together), *map(jax.tree.leaves, alone), strict=True
+    ):
+        np.testing.assert_allclose(got, np.stack(want), rtol=2e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("wrap", [jax.checkpoint, jax.jit], ids=["remat", "jit"])
+def test_hessian_vector_product(form, wrap, rng, x64):
+    """Closed form and plain autodiff agree to second order."""
+    params, state = jaxbn.init(2, param_dtype=jnp.float64)
+    x, v = rng.normal(size=(2, 7, 2))
+
+    def product(autodiff):
+        @wrap
+        def loss(x):
+            y, _ = jaxbn.batch_norm(params, state, x, True, autodiff=autodiff)
+            return jnp.sum(jnp.sin(y) * jnp.arange(14.0).reshape(7, 2))
+
+        return jax.jvp(jax.grad(loss), (x,), (v,))[1]
+
+    np.testing.assert_allclose(product("custom_vjp"), product("jax"), rtol=1e-9)
+
+
+def lowered(platform, shape, dtype=jnp.float32):
+    """The program that a training step becomes on a platform, before XLA's passes."""
+    params, state = jaxbn.init(shape[-1])
+
+    def loss(params, x):
+        y, new = jaxbn.batch_norm(params, state, x, True)
+        return jnp.sum(jnp.sin(y)), new
+
+    step = jax.jit(jax.grad(loss, argnums=(0, 1), has_aux=True))
+    trace = step.trace(params, jax.ShapeDtypeStruct(shape, dtype))
+    return trace.lower(lowering_platforms=(platform,)).as_text()
+
+
+@pytest.mark.parametrize("platform", ["cuda", "rocm", "tpu"])
+def test_what_is_made_for_a_cpu_stays_there(platform):
+    program = lowered(platform, (4096, 64))
+    assert "optimization_barrier" not in program
+    assert f"dense<{reductions.NEAR_ZERO:.6e}>" not in program
+    assert ("complex" in program) == (platform == "cuda")
+
+
+@pytest.mark.parametrize(("rows", "conditionals"), [(128, 0), (4096, 2)])
+def test_a_cpu_asks_once_each_way_unless_there_is_little_to_save(rows, conditionals):
+    program = lowered("cpu", (rows, 64))
+    assert program.count(f"dense<{reductions.NEAR_ZERO:.6e}>") == conditionals
+    assert "complex" not in program
+
+
+def test_no_sum_writes_out_a_cast_of_x():
+    """Casts of bfloat16 stay inside the sums on a CPU: it writes y and dx alone."""
+    shape = (64, 16, 16, 64)
+    params, state = jaxbn.init(64)
+    x = jnp.zeros(shape, jnp.bfloat16)
+
+    def apply(params, x):
+        return jaxbn.batch_norm(params, state, x, True)
+
+    def forward(params, x):
+        return jax.vjp(apply, params, x, has_aux=True)
+
+    _, vjp, _ = forward(params, x)
+    step = jax.jit(forward).lower(params, x).compile().as_text()
+    back = jax.jit(lambda vjp, dy: vjp(dy)).lower(vjp, x).compile().as_text()
+    for program in (step or "", back or ""):
+        entry = program[program.index("ENTRY") :]
+        assert not re.search(r"= f32\[64,16,16,64\]", entry)

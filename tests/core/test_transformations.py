@@ -1,0 +1,337 @@
+"""Every order of derivative, and every transformation of JAX."""
+
+from typing import Any
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from helpers import TOLERANCE, assert_close, rounded, run
+from jax.test_util import check_grads
+from oracle import random_case, train_step
+
+import jaxbn
+from jaxbn._core import batch_norm as module
+
+MASK = np.array([1, 1, 0, 1, 0.5, 2, 1, 0])[:, None]
+
+
+def loss_of(case, **options) -> Any:
+    """A scalar that depends on all that batch_norm returns, in ways not linear."""
+    dy, dmean, dvar = map(jnp.asarray, (case.dy, case.dmean, case.dvar))
+
+    def loss(scale, bias, mean, var, x):
+        params, state = jaxbn.BatchNormParams(scale, bias), (mean, var, jnp.int32(3))
+        state = jaxbn.BatchNormState(*state)
+        y, new = jaxbn.batch_norm(params, state, x, True, momentum=0.7, **options)
+        return jnp.sum(dy * jnp.sin(y)) + dmean @ new.mean**2 + dvar @ jnp.exp(new.var)
+
+    arguments = (case.scale, case.bias, case.mean, case.var, case.x)
+    return loss, tuple(map(jnp.asarray, arguments))
+
+
+@pytest.fixture
+def small(rng, x64):
+    return random_case(rng, (8, 2))
+
+
+@pytest.mark.parametrize("mask", [None, MASK], ids=["all", "masked"])
+@pytest.mark.parametrize("autodiff", ["custom_vjp", "jax"])
+def test_numerical_gradients_to_second_order(mask, autodiff, small):
+    loss, arguments = loss_of(small, mask=mask, autodiff=autodiff)
+    modes = ("fwd", "rev") if autodiff == "jax" else ("rev",)
+    check_grads(jax.jit(loss), arguments, order=2, modes=modes, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("mask", [None, MASK], ids=["all", "masked"])
+def test_closed_form_and_plain_autodiff_agree_to_third_order(mask, small):
+    closed, arguments = loss_of(small, mask=mask)
+    plain, _ = loss_of(small, mask=mask, autodiff="jax")
+    x = len(arguments) - 1
+    hessian = jax.jit(jax.hessian(closed, x))(*arguments)
+    reverse_twice = jax.jit(jax.jacrev(jax.grad(plain, x), x))(*arguments)
+    np.testing.assert_allclose(hessian, reverse_twice, rtol=1e-9, atol=1e-9)
+    forward = jax.jit(jax.jacfwd(jax.jacfwd(plain, x), x))(*arguments)
+    np.testing.assert_allclose(hessian, forward, rtol=1e-9, atol=1e-9)
+
+    def third(loss):
+        return jax.grad(lambda x: jnp.sum(jnp.sin(jax.hessian(loss, 4)(*rest, x))))
+
+    *rest, at = arguments
+    one, other = (jax.jit(third(loss))(at) for loss in (closed, plain))
+    np.testing.assert_allclose(one, other, rtol=1e-8, atol=1e-8)
+
+
+def test_hessian_vector_product_is_jvp_of_grad(small, rng):
+    loss, (*rest, x) = loss_of(small)
+    v = jnp.asarray(rng.normal(size=x.shape))
+    _, hvp = jax.jvp(lambda x: jax.grad(loss, 4)(*rest, x), (x,), (v,))
+    hessian = jax.hessian(loss, 4)(*rest, x)
+    np.testing.assert_allclose(hvp, jnp.tensordot(hessian, v, 2), rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("autodiff", ["custom_vjp", "jax"])
+def test_hessian_at_a_constant_channel(autodiff, small):
+    """The clip of m2 at 0 must not clip its curvature."""
+    _, state = jaxbn.init(2, param_dtype=jnp.float64)
+    params = jaxbn.BatchNormParams(None, None)
+
+    def var(x):
+        options = {"momentum": 0.0, "unbiased": False, "autodiff": autodiff}
+        return jaxbn.batch_norm(params, state, x, True, **options)[1].var[0]
+
+    hessian = jax.hessian(var)(jnp.full((5, 2), 0.3))[:, 0, :, 0]
+    np.testing.assert_allclose(hessian, 2 / 5 * (np.eye(5) - 1 / 5), atol=1e-12)
+
+
+def test_jvp_and_linearize_by_plain_autodiff(small, rng):
+    loss, arguments = loss_of(small, autodiff="jax")
+    tangents = tuple(jnp.asarray(rng.normal(size=a.shape)) for a in arguments)
+    _, tangent = jax.jvp(loss, arguments, tangents)
+    gradients = jax.grad(loss_of(small)[0], range(5))(*arguments)
+    expected = sum(jnp.vdot(g, t) for g, t in zip(gradients, tangents, strict=True))
+    np.testing.assert_allclose(tangent, expected, rtol=1e-10)
+    _, linear = jax.linearize(loss, *arguments)
+    np.testing.assert_allclose(linear(*tangents), expected, rtol=1e-10)
+
+
+def test_forward_mode_of_the_closed_form_is_refused_by_jax(small):
+    loss, arguments = loss_of(small)
+    with pytest.raises(TypeError, match="custom_vjp"):
+        jax.jvp(loss, arguments, arguments)
+
+
+@pytest.mark.parametrize("train", [True, False])
+@pytest.mark.parametrize("dtype", [jnp.complex64, jnp.complex128])
+def test_complex_input(train, dtype, rng, x64):
+    """σ² = E|x - μ|²: real and imaginary part together."""
+    x = rng.normal(size=(20, 3)) + 1j * rng.normal(size=(20, 3)) + (2 - 1j)
+    scale, bias = rng.normal(size=(2, 3)) + 1j * rng.normal(size=(2, 3))
+    params = jaxbn.BatchNormParams(jnp.asarray(scale, dtype), jnp.asarray(bias, dtype))
+    _, state = jaxbn.init(3, param_dtype=dtype)
+    assert (state.mean.dtype, state.var.dtype) == (dtype, jnp.finfo(dtype).dtype)
+    x_jax = jnp.asarray(x, dtype)
+    y, new = jaxbn.batch_norm(params, state, x_jax, train, momentum=0.9)
+    mu, sigma2 = (x.mean(0), x.var(0)) if train else (0, 1)
+    tolerance = 1e-5 if dtype == jnp.complex64 else 1e-12
+    expected = (x - mu) / np.sqrt(sigma2 + 1e-5) * scale + bias
+    np.testing.assert_allclose(y, expected, rtol=tolerance, atol=tolerance)
+    assert [a.dtype for a in new] == [a.dtype for a in state]
+    if train:
+        np.testing.assert_allclose(new.mean, 0.1 * x.mean(0), rtol=tolerance)
+        var = 0.9 + 0.1 * x.var(0, ddof=1)
+        np.testing.assert_allclose(new.var, var, rtol=tolerance)
+    if train and dtype == jnp.complex128:
+        check_grads(
+            lambda x: jnp.sum(
+                jnp.abs(jaxbn.batch_norm(params, state, x, True)[0]) ** 3
+            ),
+            (x_jax,),
+            order=1,
+            modes=("rev",),
+        )
+
+
+def test_complex_input_makes_a_real_mean_complex(rng):
+    params, state = jaxbn.init(3)
+    x = jnp.asarray(rng.normal(size=(5, 3)) + 1j, jnp.complex64)
+    _, new = jaxbn.batch_norm(params, state, x, True, momentum=0.0)
+    assert new.mean.dtype == jnp.complex64
+    np.testing.assert_allclose(new.mean, np.asarray(x).mean(0), rtol=1e-5)
+
+
+@pytest.mark.parametrize("autodiff", ["custom_vjp", "jax"])
+def test_no_gradient_flows_to_the_mask(autodiff, small):
+    def loss(mask, x):
+        loss, arguments = loss_of(small, mask=mask, autodiff=autodiff)
+        return loss(*arguments[:4], x)
+
+    mask, x = jnp.asarray(MASK), jnp.asarray(small.x)
+    assert not np.any(jax.grad(loss)(mask, x))
+    second = jax.grad(lambda m: jnp.sum(jax.grad(loss, 1)(m, x) ** 2))
+    assert not np.any(second(mask))
+
+
+# Transformations
+
+
+def test_vmap_is_a_loop(rng):
+    cases = [rounded(random_case(rng, (6, 4, 3)), "float32") for _ in range(3)]
+    stacked = jax.tree.map(
+        lambda *a: np.stack(a), *[c._replace(batches=0) for c in cases]
+    )
+    masks = jnp.asarray(rng.random((3, 6, 1, 1)) < 0.7)
+
+    def grads(scale, bias, mean, var, x, dy, mask):
+        params = jaxbn.BatchNormParams(scale, bias)
+        state = jaxbn.BatchNormState(mean, var, jnp.int32(0))
+        apply = lambda p, x: jaxbn.batch_norm(p, state, x, True, mask=mask)  # noqa: E731
+        y, vjp, new = jax.vjp(apply, params, x, has_aux=True)
+        return y, new.mean, new.var, *vjp(dy)
+
+    fields = ("scale", "bias", "mean", "var", "x", "dy")
+    arguments = [jnp.asarray(getattr(stacked, f)) for f in fields]
+    y, mean, var, dparams, dx = jax.jit(jax.vmap(grads))(*arguments, masks)
+    for i, case in enumerate(cases):
+        case = case._replace(dmean=0 * case.dmean, dvar=0 * case.dvar, batches=0)
+        expected = train_step(case, mask=masks[i])
+        got = (y[i], mean[i], var[i], dx[i], dparams.scale[i], dparams.bias[i])
+        for name, a in zip(expected._fields, got, strict=False):
+            want = getattr(expected, name)
+            np.testing.assert_allclose(a, want, rtol=0, atol=1e-4, err_msg=name)
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        jax.checkpoint,
+        lambda f: jax.checkpoint(f, policy=jax.checkpoint_policies.dots_saveable),
+        lambda f: lambda *a: jax.lax.cond(a[0][0] > -9, f, f, *a),
+        lambda f: lambda *a: jax.lax.map(lambda a: f(*a), [v[None] for v in a])[0],
+    ],
+    ids=["remat", "remat with a policy", "cond", "map"],
+)
+def test_gradients_pass_through_control_flow_and_remat(wrap, small):
+    loss, arguments = loss_of(small)
+    expected = jax.grad(loss, range(5))(*arguments)
+    actual = jax.grad(wrap(loss), range(5))(*arguments)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-12),
+        actual,
+        expected,
+    )
+
+
+def test_remat_absorbs_the_batch_once(rng):
+    params, state = jaxbn.init(3)
+    x = jnp.asarray(rng.normal(size=(7, 3)), jnp.float32)
+
+    @jax.checkpoint
+    def apply(x):
+        return jaxbn.batch_norm(params, state, x, True)
+
+    (_, new), _ = jax.vjp(apply, x)
+    assert new.count == 1
+    np.testing.assert_allclose(new.mean, 0.01 * np.asarray(x).mean(0), rtol=1e-5)
+
+
+def test_scan_over_layers_differentiates(small):
+    _, state = jaxbn.init(2, param_dtype=jnp.float64)
+    layers = jnp.stack([jnp.asarray(small.scale), jnp.asarray(small.bias)] * 2)
+    layers = layers.reshape(2, 2, 2)
+
+    def layer(x, scale_bias):
+        params = jaxbn.BatchNormParams(*scale_bias)
+        return jnp.tanh(jaxbn.batch_norm(params, state, x, True)[0]), None
+
+    def scanned(x, layers):
+        return jnp.sum(jax.lax.scan(layer, x, layers)[0] ** 2 * small.dy)
+
+    def looped(x, layers):
+        for each in layers:
+            x, _ = layer(x, each)
+        return jnp.sum(x**2 * small.dy)
+
+    x = jnp.asarray(small.x)
+    for a, b in zip(
+        jax.grad(scanned, (0, 1))(x, layers),
+        jax.grad(looped, (0, 1))(x, layers),
+        strict=True,
+    ):
+        np.testing.assert_allclose(a, b, rtol=1e-10, atol=1e-13)
+
+
+def test_a_second_call_does_not_retrace(rng):
+    params, state = jaxbn.init(3)
+    x = jnp.asarray(rng.normal(size=(7, 3)), jnp.float32)
+
+    @jax.jit
+    @chex.assert_max_traces(n=1)
+    def step(params, state, x):
+        return jaxbn.batch_norm(params, state, x, True, axis=[-1], mask=x[:, :1] < 9)
+
+    for _ in range(3):
+        y, state = step(params, state, x)
+        x = y
+    assert state.count == 3
+
+
+def test_eager_calls_share_one_compilation(rng):
+    """Equal options given as other kinds (list, NumPy scalar) are the same program."""
+    jitted: Any = module._batch_norm
+
+    params, state = jaxbn.init(3)
+    x = jnp.asarray(rng.normal(size=(7, 3)), jnp.float32)
+    jitted.clear_cache()
+    jaxbn.batch_norm(params, state, x, True)
+    jaxbn.batch_norm(params, state, np.asarray(x), np.bool_(True), axis=[1])
+    jaxbn.batch_norm(params, state, x, True, momentum=np.float64(0.99), dtype="float32")
+    assert jitted._cache_size() == 1
+
+
+def test_numpy_in_jax_out(rng):
+    case = rounded(random_case(rng, (5, 3)), "float32")
+    numpy: Any = (case.scale, case.bias, case.mean, case.var, 3)
+    params = jaxbn.BatchNormParams(*numpy[:2])
+    state = jaxbn.BatchNormState(*numpy[2:])
+    mask = np.arange(5)[:, None] < 4
+    y, new = jaxbn.batch_norm(params, state, case.x, True, mask=mask)
+    expected = train_step(case, mask=mask)
+    np.testing.assert_allclose(y, expected.y, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(new.var, expected.var, rtol=1e-5)
+    assert all(isinstance(a, jax.Array) for a in jax.tree.leaves((y, new)))
+
+
+def test_disable_jit(rng):
+    case = rounded(random_case(rng, (6, 3)), "float32")
+    with jax.disable_jit():
+        actual = run(case, transform=lambda f: f)
+    assert_close(actual, train_step(case), TOLERANCE["float32"])
+
+
+# What the backward keeps
+
+
+def bytes_kept(vjp):
+    """Sizes of the distinct arrays that a vjp closes over, by shape."""
+    leaves = {id(a): a for a in jax.tree.leaves(vjp)}
+    return [(a.shape, a.dtype, a.size) for a in leaves.values()]
+
+
+def chain(params, state, x, mask=None):
+    return jaxbn.batch_norm(params, state, x, True, mask=mask)[0]
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+@pytest.mark.parametrize("wrap", [lambda f: f, jax.jit], ids=["eager", "jit"])
+def test_residuals_are_x_once_and_vectors(dtype, wrap, rng):
+    params, state = jaxbn.init(8)
+    x = jnp.asarray(rng.normal(size=(16, 4, 8)), dtype)
+    _, vjp = jax.vjp(lambda p, x: wrap(chain)(p, state, x), params, x)
+    large = [(shape, kind) for shape, kind, size in bytes_kept(vjp) if size > 8]
+    assert large == [(x.shape, x.dtype)]
+
+
+def test_a_mask_is_kept_in_its_own_dtype(rng):
+    params, state = jaxbn.init(8)
+    x = jnp.asarray(rng.normal(size=(16, 4, 8)), jnp.bfloat16)
+    mask = jnp.asarray(rng.random(x.shape) < 0.7)
+    _, vjp = jax.vjp(lambda p, x: chain(p, state, x, mask), params, x)
+    large = {(shape, kind) for shape, kind, size in bytes_kept(vjp) if size > 8}
+    assert large == {(x.shape, x.dtype), (x.shape, mask.dtype)}
+
+
+def test_residuals_of_a_scan_over_layers_are_x_once_each(rng):
+    params, state = jaxbn.init(8)
+    x = jnp.asarray(rng.normal(size=(16, 4, 8)), jnp.bfloat16)
+
+    def deep(params, x):
+        def layer(x, _):
+            return chain(params, state, x), None
+
+        return jax.lax.scan(layer, x, None, length=5)[0]
+
+    _, vjp = jax.vjp(deep, params, x)
+    large = [(shape, kind) for shape, kind, size in bytes_kept(vjp) if size > 5 * 8]
+    assert large == [((5, *x.shape), x.dtype)]

@@ -1,0 +1,139 @@
+"""The snippets of the documentation pages run, and the reference misses no name."""
+
+import ast
+import dataclasses
+import importlib
+import inspect
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen as nn
+from pages import DOCS, run_page
+
+import jaxbn
+
+
+def test_index():
+    with jax.numpy_dtype_promotion("standard"):  # Flax needs it
+        names = run_page("index.md")
+    x, y, state = (names[name] for name in ("x", "y", "state"))
+    np.testing.assert_allclose(y.mean(0), 0, atol=1e-5)
+    np.testing.assert_allclose(y.std(0), 1, rtol=1e-5)
+    np.testing.assert_allclose(state.mean, x.mean(0), rtol=1e-5)
+    np.testing.assert_allclose(state.var, x.var(0, ddof=1), rtol=1e-4)
+    expected = (x[:1] - state.mean[None]) / np.sqrt(state.var + 1e-5)[None]
+    np.testing.assert_allclose(names["row"], expected, rtol=1e-5)
+    assert names["z"].shape == (64, 1)
+    assert names["updates"]["batch_stats"]["BatchNorm_0"]["mean"].shape == (8,)
+
+
+def test_mathematics():
+    with jax.numpy_rank_promotion("allow"):
+        names = run_page("mathematics.md")
+    np.testing.assert_allclose(names["closed_form"], names["dx"], atol=1e-5)
+    np.testing.assert_allclose(names["tangent"], 0, atol=1e-5)
+    np.testing.assert_allclose(names["y"], names["y_of"](names["x"]), atol=1e-5)
+    hessian = jax.hessian(names["loss"])(names["x"])
+    expected = np.einsum("ijkl,kl->ij", hessian, names["direction"])
+    np.testing.assert_allclose(names["hessian_times_direction"], expected, atol=1e-3)
+    assert saved(names["y_by_jax"], names["x"]) > saved(names["y_of"], names["x"])
+
+
+def saved(f, x):
+    """Bytes that are kept for the backward."""
+    _, vjp = jax.vjp(f, x)
+    return sum(a.nbytes for a in jax.tree.leaves(vjp))
+
+
+def test_many_devices():
+    names = run_page("many_devices.md")
+    x = np.asarray(names["x"], np.float64)
+    expected = 0.01 * x.mean(0)
+    np.testing.assert_allclose(names["same_state"].mean, expected, atol=1e-6)
+    np.testing.assert_allclose(names["same_y"], (x - x.mean(0)) / x.std(0), atol=1e-4)
+    np.testing.assert_allclose(names["new_state"].mean, 0.01 * x[:5].mean(0), atol=1e-6)
+    assert len(jax.devices()) == 8
+
+
+def test_from_training_to_inference():
+    with jax.numpy_dtype_promotion("standard"):  # optax and Flax need it
+        names = run_page("from_training_to_inference.md")
+        expected = names["model"].apply(names["variables"], names["images"])
+        nnx_model, folded = names["nnx_model"], names["folded_nnx_model"]
+        np.testing.assert_allclose(
+            folded(names["images"]), nnx_model(names["images"]), atol=1e-5
+        )
+    np.testing.assert_allclose(names["logits"], expected, atol=1e-5)
+    np.testing.assert_allclose(names["answer"], expected[:5], atol=1e-5)
+
+    variables, tuned = names["variables"], names["tuned"]
+    x = conv(names["images"], variables["params"]["Conv_0"]["kernel"])
+    stats = variables["batch_stats"]["BatchNorm_0"]
+    np.testing.assert_allclose(stats["mean"], x.mean((0, 1, 2)), rtol=1e-5)
+    for name, values in tuned["params"]["BatchNorm_0"].items():
+        np.testing.assert_array_equal(values, variables["params"]["BatchNorm_0"][name])
+    kernels = (v["params"]["Conv_0"]["kernel"] for v in (tuned, variables))
+    assert np.abs(np.subtract(*kernels)).min() > 0
+
+    stats = names["converted"]["batch_stats"]["BatchNorm_0"]
+    np.testing.assert_array_equal(stats["mean"], np.arange(4))
+    kept = {"bn1.num_batches_tracked": 0}  # Flax's layers count no batches
+    for name, values in (names["state_dict"] | kept).items():
+        np.testing.assert_array_equal(names["back"][name], values)
+
+
+def conv(x, kernel):
+    """3 x 3, padded with zeros, in float64."""
+    x, kernel = (np.asarray(a, np.float64) for a in (x, kernel))
+    padded = np.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
+    windows = np.lib.stride_tricks.sliding_window_view(padded, (3, 3), axis=(1, 2))
+    return np.einsum("nhwcij,ijco->nhwo", windows, kernel)
+
+
+MODULES = ["jaxbn", "jaxbn.linen", "jaxbn.nnx", "jaxbn.convert"]
+
+
+def public_names(module):
+    """What it lets out: `import name as name`, and its own functions and classes."""
+    for node in ast.parse(inspect.getsource(module)).body:
+        if isinstance(node, ast.ImportFrom):
+            names = [a.name for a in node.names if a.asname == a.name]
+        elif isinstance(node, ast.FunctionDef | ast.ClassDef):
+            names = [node.name]
+        else:
+            continue
+        yield from (name for name in names if not name.startswith("_"))
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_every_public_name_has_a_docstring(module):
+    module = importlib.import_module(module)
+    names = list(public_names(module))
+    assert len(names) > 5
+    for name in names:
+        doc = getattr(module, name).__doc__ or ""
+        if doc.startswith(f"{name}("):  # which a dataclass makes up, or a NamedTuple
+            doc = ""
+        assert doc.strip(), f"{module.__name__}.{name} has no docstring"
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_every_public_name_is_in_the_reference(module):
+    pages = "\n".join(page.read_text() for page in DOCS.glob("api/*.md"))
+    listed = re.findall(r"^::: (\S+)$", pages, re.MULTILINE)
+    assert len(listed) == len(set(listed))
+    names = public_names(importlib.import_module(module))
+    assert {f"{module}.{name}" for name in names} - set(listed) == set()
+
+
+def test_the_fields_of_the_linen_layer_are_in_its_table():
+    text = (DOCS / "api/linen.md").read_text()
+    rows = re.findall(r"^\| `(\w+)` \| `([^|]+)` \|", text, re.MULTILINE)
+    fields = dataclasses.fields(jaxbn.linen.BatchNorm)
+    defaults = {f.name: f.default for f in fields if f.name not in ("parent", "name")}
+    stated = {name: eval(default, {"jnp": jnp, "nn": nn}) for name, default in rows}
+    assert list(stated) == list(defaults)
+    assert stated == defaults

@@ -1,0 +1,178 @@
+"""Programs for platforms that are not here: `jax.export`, written and read again."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import export
+
+import jaxbn
+from jaxbn import BatchNormParams, BatchNormState
+from jaxbn._core.reductions import FEW_VALUES
+
+PLATFORMS = ("cpu", "cuda", "tpu")
+ROWS, IN, OUT = 4096, 3, 5
+assert ROWS * OUT >= FEW_VALUES  # so that the platforms' forms differ
+
+# Of the process, as JAX wants it: what reads the file must register the same names.
+for kind in (BatchNormParams, BatchNormState):
+    name = f"jaxbn.{kind.__name__}"
+    export.register_namedtuple_serialization(kind, serialized_name=name)
+
+
+def inference(params, state, x):
+    y, _ = jaxbn.batch_norm(params["norm"], state, x @ params["kernel"], False)
+    return jnp.tanh(y)
+
+
+def train_step(params, state, x):
+    """A whole one: the forward and its gradient, new parameters and statistics."""
+
+    def loss(params):
+        x_norm = x @ params["kernel"]
+        y, new = jaxbn.batch_norm(params["norm"], state, x_norm, True, momentum=0.9)
+        return jnp.mean((jnp.tanh(y) - 0.3) ** 2), new
+
+    (cost, state), grads = jax.value_and_grad(loss, has_aux=True)(params)
+    return cost, jax.tree.map(lambda p, dp: p - dp, params, grads), state
+
+
+def variables(rng):
+    vectors = rng.uniform(0.5, 1.5, (4, OUT)).astype(np.float32)
+    scale, bias, mean, var = map(jnp.asarray, vectors)
+    kernel = jnp.asarray(rng.normal(size=(IN, OUT)), jnp.float32)
+    params = {"kernel": kernel, "norm": BatchNormParams(scale, bias)}
+    return params, BatchNormState(mean, var, jnp.int32(7))
+
+
+def inputs(rng, rows=ROWS, mean=0.0):
+    return jnp.asarray(mean + rng.normal(size=(rows, IN)), jnp.float32)
+
+
+def shapes(rng, rows):
+    x = jax.ShapeDtypeStruct(export.symbolic_shape(f"{rows}, {IN}"), jnp.float32)
+    return *jax.eval_shape(lambda: variables(rng)), x
+
+
+def export_for(platforms, function, rng, rows: int | str = ROWS):
+    return export.export(jax.jit(function), platforms=platforms)(*shapes(rng, rows))
+
+
+@pytest.mark.parametrize("function", [inference, train_step])
+@pytest.mark.parametrize("rows", [64, ROWS, "batch"])
+def test_a_loaded_program_does_what_the_function_does(function, rows, rng):
+    written = export_for(PLATFORMS, function, rng, rows).serialize()
+    loaded = export.deserialize(written)
+    assert loaded.platforms == PLATFORMS
+    call, function = jax.jit(loaded.call), jax.jit(function)
+    sizes = (ROWS, 2 * ROWS + 1, 2) if rows == "batch" else (rows,)
+    for size in sizes:
+        for mean in (0, 30):  # sums about 0, and about the mean of a sample
+            arguments = *variables(rng), inputs(rng, size, mean)
+            assert_same(call(*arguments), function(*arguments))
+
+
+def assert_same(actual, expected):
+    def same(a, b):
+        assert a.dtype == b.dtype
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+
+    assert jax.tree.structure(actual) == jax.tree.structure(expected)
+    jax.tree.map(same, actual, expected)
+
+
+@pytest.mark.parametrize("train", [True, False])
+@pytest.mark.parametrize("shape", ["b, 3", "b, h, 4, 3"])
+def test_export_with_a_symbolic_batch(shape, train, rng):
+    params, state = jaxbn.init(3)
+    symbolic = jax.ShapeDtypeStruct(export.symbolic_shape(shape), jnp.float32)
+
+    @jax.jit
+    def value_and_gradient(x):
+        apply = lambda x: jaxbn.batch_norm(params, state, x, train)[0]  # noqa: E731
+        y, vjp = jax.vjp(apply, x)
+        return y, vjp(y**2)[0]
+
+    exported = export.export(value_and_gradient, platforms=PLATFORMS)(symbolic)
+    exported = export.deserialize(exported.serialize())
+    x = jnp.asarray(rng.normal(size=(7, 5, 4, 3)[-symbolic.ndim :]), jnp.float32)
+    for actual, expected in zip(exported.call(x), value_and_gradient(x), strict=True):
+        np.testing.assert_allclose(actual, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_loaded_layer_is_differentiated_by_its_exported_vjp(rng):
+    """Asked for by `vjp_order`: what is loaded is a program without a custom_vjp."""
+
+    def forward(params, state, x):
+        y, new = jaxbn.batch_norm(params["norm"], state, x @ params["kernel"], True)
+        return jnp.tanh(y), new.mean
+
+    def gradients(forward):
+        def loss(params, state, x):
+            y, mean = forward(params, state, x)
+            return jnp.sum(y**3) + jnp.sum(mean**2)
+
+        return jax.jit(jax.grad(loss, (0, 2)))
+
+    exported = export_for(PLATFORMS, forward, rng, "batch")
+    arguments = *variables(rng), inputs(rng, 64)
+    loaded = export.deserialize(exported.serialize(vjp_order=1))
+    expected = gradients(forward)(*arguments)
+    assert_same(gradients(loaded.call)(*arguments), expected)
+    without = export.deserialize(exported.serialize())
+    with pytest.raises(ValueError, match="VJP"):
+        gradients(without.call)(*arguments)
+
+
+# Which form of the sums is where.
+
+
+BARRIER = "stablehlo.optimization_barrier"
+
+
+def choices(module, what="stablehlo.reduce"):
+    """The branches of each choice with `what`, in StableHLO's text; inner ones too."""
+    for start in re.finditer(r'^( *)\S.*"stablehlo\.case".*\(\{\n', module, re.M):
+        end = module.index(f"\n{start[1]}}})", start.end())
+        body = module[start.end() : end]
+        if what in body:
+            yield body.split(f"\n{start[1]}}}, {{\n")
+
+
+@pytest.mark.parametrize("rows", [ROWS, "batch"])
+def test_each_platform_has_its_form_in_the_common_program(rows, rng):
+    module = export_for(PLATFORMS, train_step, rng, rows).mlir_module()
+    by_platform = [branches for branches in choices(module) if len(branches) == 3]
+    near_zero = [branches for branches in choices(module) if len(branches) == 2]
+    assert len(by_platform) == len(near_zero) == 2  # in the forward, in the backward
+    barriers = 0
+    for cpu, cuda, default in by_platform:
+        assert [len(branches) for branches in choices(cpu)] == [2]
+        assert not [*choices(cuda), *choices(default)]
+        assert [("complex" in form) for form in (cpu, cuda, default)] == [0, 1, 0]
+        barriers += cpu.count(BARRIER)
+    for cpu, *others in choices(module, BARRIER):
+        if "stablehlo.reduce" not in cpu:  # vectors for the pass over x, not sums
+            assert not any(BARRIER in other for other in others)
+            barriers += cpu.count(BARRIER)
+    assert module.count(BARRIER) == barriers > 0
+
+
+@pytest.mark.parametrize("rows", [ROWS, "batch"])
+@pytest.mark.parametrize("platform", PLATFORMS)
+def test_a_program_for_one_platform_has_one_form(platform, rows, rng):
+    module = export_for([platform], train_step, rng, rows).mlir_module()
+    branches = {len(branches) for branches in choices(module)}
+    assert branches == ({1, 2} if platform == "cpu" else {1})
+    assert (BARRIER in module) == (platform == "cpu")
+    assert ("complex" in module) == (platform == "cuda")
+
+
+def test_a_cpu_that_loads_the_common_program_compiles_its_own_form(rng):
+    loaded = export.deserialize(export_for(PLATFORMS, train_step, rng).serialize())
+    compiled = jax.jit(loaded.call).lower(*shapes(rng, ROWS)).compile()
+    text = compiled.as_text() or ""
+    assert len(re.findall(r" conditional\(", text)) == 2  # near zero, or not
+    assert "c64[" not in text
