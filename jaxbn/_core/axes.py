@@ -1,32 +1,61 @@
-"""Per-feature vectors, laid out so that they broadcast against x.
+"""Feature axes, reduction axes, and per-feature vectors that broadcast against x.
 
-A room of its own so that all the others can speak of "the statistics" as arrays of
-x's rank with length 1 along the reduced axes, wherever the feature axes are.
+Inside the package every statistic has x's rank, with length 1 along the reduction
+axes, wherever the feature axes are.
 """
 
+import operator
+from collections.abc import Sequence
+
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
 Axes = tuple[int, ...]
 
 
-def reduced_axes(feature_axes: Axes, ndim: int) -> Axes:
-    """All axes of x but the feature axes, ascending."""
+def check_axis(axis: int | Sequence[int], ndim: int, of: str = "x") -> Axes:
+    """Return the feature axes, non-negative, in the given order."""
+    try:
+        given = tuple(map(operator.index, np.atleast_1d(axis)))
+    except TypeError:
+        raise TypeError(
+            f"axis must be an int or a sequence of ints; got {axis!r}. It names the "
+            f"feature axes of {of}: -1 for NHWC, 1 for NCHW. Under jit bind it first: "
+            "functools.partial(jaxbn.batch_norm, axis=1)."
+        ) from None
+    if not given or any(not -ndim <= a < ndim for a in given):
+        raise ValueError(
+            f"axis must name feature axes of {of}, from {-ndim} to {ndim - 1}; "
+            f"got axis={axis} for {of} of {ndim} dimensions."
+        )
+    axes = tuple(a % ndim for a in given)
+    if len(set(axes)) < len(axes):
+        raise ValueError(
+            f"axis must name each feature axis once; got axis={axis}, which is "
+            f"{axes} for {of} of {ndim} dimensions. Drop the repeated one."
+        )
+    return axes
+
+
+def reduction_axes(feature_axes: Axes, ndim: int) -> Axes:
+    """Return all axes but the feature axes, ascending."""
     return tuple(a for a in range(ndim) if a not in feature_axes)
 
 
-def spread(vector: Array, feature_axes: Axes, ndim: int) -> Array:
-    """Features' shape -> x's rank: (C,) becomes (1, 1, 1, C) for NHWC."""
-    ascending = jnp.transpose(vector, _ascending(feature_axes))
-    return jnp.expand_dims(ascending, reduced_axes(feature_axes, ndim))
+def expand_features(vector: Array, feature_axes: Axes, ndim: int) -> Array:
+    """Expand the features' shape to x's rank: (C,) to (1, 1, 1, C) for NHWC."""
+    ascending = jnp.transpose(vector, _sorting_permutation(feature_axes))
+    return jnp.expand_dims(ascending, reduction_axes(feature_axes, ndim))
 
 
-def gather(stats: Array, feature_axes: Axes) -> Array:
-    """X's rank -> features' shape, in the order of `feature_axes`; undoes `spread`."""
-    ascending = jnp.squeeze(stats, reduced_axes(feature_axes, stats.ndim))
-    return jnp.transpose(ascending, _ascending(_ascending(feature_axes)))
+def squeeze_features(stats: Array, feature_axes: Axes) -> Array:
+    """Undo `expand_features`: features in the order of `feature_axes`."""
+    ascending = jnp.squeeze(stats, reduction_axes(feature_axes, stats.ndim))
+    order = _sorting_permutation(feature_axes)
+    return jnp.transpose(ascending, _sorting_permutation(order))
 
 
-def _ascending(order: Axes) -> Axes:
-    """The permutation that sorts `order`; applied twice, the one that undoes it."""
+def _sorting_permutation(order: Axes) -> Axes:
+    """Return the permutation that sorts `order`; applied twice, its inverse."""
     return tuple(sorted(range(len(order)), key=order.__getitem__))

@@ -14,7 +14,7 @@ from jax import Array, lax
 from jax.typing import ArrayLike, DTypeLike
 from jaxtyping import Inexact
 
-from .axes import gather, reduced_axes, spread
+from .axes import squeeze_features, reduction_axes, expand_features
 from .checks import (
     check_autodiff,
     check_axis,
@@ -27,7 +27,7 @@ from .checks import (
     check_variables,
     explain_refused_groups,
 )
-from .dtypes import real_dtype, widen
+from .dtypes import real_dtype, accumulation_dtype
 from .moments import moments
 from .normalize import normalize
 from .rows import Count
@@ -200,20 +200,20 @@ def _batch_norm(
     options: Options,
 ) -> tuple[Array, BatchNormState]:
     """Run the four rooms, with every vector laid out along x's feature axes."""
-    axes = reduced_axes(options.axis, x.ndim)
+    axes = reduction_axes(options.axis, x.ndim)
     closed_form = options.autodiff == "custom_vjp" and not jnp.iscomplexobj(x)
 
     def lay_out(vector: Array) -> Array:
-        return shard_like(spread(vector, options.axis, x.ndim), x)
+        return shard_like(expand_features(vector, options.axis, x.ndim), x)
 
     def take_back(stats: Array, vector: Array) -> Array:
-        return shard_like(gather(stats, options.axis), vector)
+        return shard_like(squeeze_features(stats, options.axis), vector)
 
     mask = None if mask is None else shard_like(mask, x)
     running = state._replace(mean=lay_out(state.mean), var=lay_out(state.var))
     # The gradient leaves through x_wide, so that what moments and normalize each add
     # to it is rounded to x's dtype once; the values come from x, which is saved.
-    wide = widen(x.dtype, state.mean.dtype, real_dtype(options.dtype))
+    wide = accumulation_dtype(x.dtype, state.mean.dtype, real_dtype(options.dtype))
     x_wide = x.astype(wide)
     mean, var = running.mean, running.var
     if options.train:

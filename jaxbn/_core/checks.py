@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from .dtypes import widen
+from .dtypes import accumulation_dtype
 from .variables import BatchNormParams, BatchNormState
 
 AUTODIFF = ("custom_vjp", "jax")
@@ -108,7 +108,7 @@ def check_variables(
     mean = _check_features("state.mean", state.mean, x, axes)
     var = _check_features("state.var", state.var, x, axes)
     if jnp.iscomplexobj(x):
-        mean = mean.astype(widen(x.dtype, mean.dtype))
+        mean = mean.astype(accumulation_dtype(x.dtype, mean.dtype))
     return (
         BatchNormParams(scale, bias),
         BatchNormState(mean, var, jnp.asarray(state.count)),

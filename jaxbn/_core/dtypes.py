@@ -1,18 +1,17 @@
-"""In which dtype a batch is summed, and in which its statistics are kept."""
-
-from typing import Any
+"""The dtypes of sums and statistics."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 
 
-def widen(*dtypes: Any) -> np.dtype:
-    """The widest of `dtypes`, and at least float32: the dtype of every statistic."""
+def accumulation_dtype(*dtypes: DTypeLike) -> np.dtype:
+    """Return the widest of `dtypes`, at least float32: the dtype of all sums."""
     with jax.numpy_dtype_promotion("standard"):  # "strict" refuses bfloat16 + float32
         return jnp.result_type(jnp.float32, *dtypes)
 
 
-def real_dtype(dtype: Any) -> np.dtype:
-    """The dtype of |z|² for z of `dtype`: complex64 gives float32."""
+def real_dtype(dtype: DTypeLike) -> np.dtype:
+    """Return the dtype of |z|² for z of `dtype`: float32 for complex64."""
     return jnp.finfo(dtype).dtype

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from .checks import check_num_features, check_param_dtype
-from .dtypes import real_dtype, widen
+from .dtypes import real_dtype, accumulation_dtype
 from .variables import BatchNormParams, BatchNormState
 
 
@@ -50,6 +50,6 @@ def init(
         scale=jnp.ones(shape, dtype) if use_scale else None,
         bias=jnp.zeros(shape, dtype) if use_bias else None,
     )
-    mean = jnp.zeros(shape, widen(dtype))
+    mean = jnp.zeros(shape, accumulation_dtype(dtype))
     var = jnp.ones(shape, real_dtype(mean.dtype))
     return params, BatchNormState(mean, var, jnp.zeros((), jnp.int32))

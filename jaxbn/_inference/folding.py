@@ -13,9 +13,9 @@ from jax import Array
 from jax.typing import ArrayLike
 from jaxtyping import Inexact
 
-from .._core.axes import spread
+from .._core.axes import expand_features
 from .._core.checks import check_axis, check_numbers
-from .._core.dtypes import real_dtype, widen
+from .._core.dtypes import real_dtype, accumulation_dtype
 from .._core.normalize import inverse_std
 from .._core.variables import BatchNormParams, BatchNormState
 from .folding_checks import check_layer, check_statistics
@@ -124,8 +124,8 @@ def _inference_affine(gamma, beta, mean, var, epsilon):
 def _fold(kernel, bias, gamma, beta, mean, var, epsilon, axes):
     vectors = _centred_affine(gamma, beta, mean, var, epsilon, kernel, bias)
     trailing = tuple(range(bias.ndim - len(axes), bias.ndim))
-    kernel_scale = spread(vectors[0], axes, kernel.ndim)
-    scale, mean, beta = (spread(v, trailing, bias.ndim) for v in vectors)
+    kernel_scale = expand_features(vectors[0], axes, kernel.ndim)
+    scale, mean, beta = (expand_features(v, trailing, bias.ndim) for v in vectors)
     kernel, bias = kernel.astype(scale.dtype), bias.astype(scale.dtype)
     return kernel * kernel_scale, (bias - mean) * scale + beta
 
@@ -134,6 +134,6 @@ def _centred_affine(gamma, beta, mean, var, epsilon, *others):
     """Scale, μ and β of y = (x - μ) · scale + β, as wide as the widest of all."""
     # What is below 16 bits widens nothing, and JAX promotes no 8-bit floats.
     arrays = (gamma, beta, mean, var, *others)
-    wide = widen(*(a.dtype for a in arrays if a.dtype.itemsize > 1))
+    wide = accumulation_dtype(*(a.dtype for a in arrays if a.dtype.itemsize > 1))
     scale = gamma.astype(wide) * inverse_std(var.astype(real_dtype(wide)), epsilon)
     return scale, mean.astype(wide), beta.astype(wide)

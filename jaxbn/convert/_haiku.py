@@ -12,8 +12,8 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from .._core.axes import spread
-from .._core.checks import check_axis
+from .._core.axes import expand_features
+from .._core.axes import check_axis
 from .._core.variables import BatchNormParams, BatchNormState
 from ._checks import check_flat
 from ._flax import into_flax, out_of_flax
@@ -94,7 +94,7 @@ def to_haiku(
     vectors = with_hidden(as_vectors(params, state), decay, None, "")
     axes = check_axis(axis, ndim)
     vectors = {
-        name: np.array(spread(jnp.asarray(v), axes, ndim)) if v.ndim else v
+        name: np.array(expand_features(jnp.asarray(v), axes, ndim)) if v.ndim else v
         for name, v in vectors.items()
     }
     flat = {key: vectors[ours] for key, ours in HAIKU.keys.items() if ours in vectors}

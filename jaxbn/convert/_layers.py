@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.tree_util import GetAttrKey, KeyPath, keystr
 
-from .._core.dtypes import widen
+from .._core.dtypes import accumulation_dtype
 from .._core.variables import BatchNormParams, BatchNormState
 from ._checks import check_fit, check_layer, check_single
 
@@ -96,7 +96,7 @@ def as_layer(vectors: Vectors, name: str) -> Layer:
     arrays = check_layer(vectors, name)
     params = (jnp.array(arrays[f]) if f in arrays else None for f in ("scale", "bias"))
     mean, var = (jnp.array(arrays[f]) for f in ("mean", "var"))
-    mean, var = (a.astype(widen(a.dtype)) for a in (mean, var))
+    mean, var = (a.astype(accumulation_dtype(a.dtype)) for a in (mean, var))
     count = jnp.array(arrays.get("count", 0), jnp.int32)
     return BatchNormParams(*params), BatchNormState(mean, var, count)
 

@@ -1,0 +1,90 @@
+"""The statistics of many batches, merged exactly."""
+
+from typing import NamedTuple, Self
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.typing import DTypeLike
+from jaxtyping import Float, Inexact
+
+from .._core.axes import Axes, reduction_axes, squeeze_features
+from .._core.dtypes import accumulation_dtype, real_dtype
+from .._core.moments import moments
+from .._core.reductions import divide_by_count
+from .._core.sharding import shard_like
+from .._core.sync import AxisName, Groups, merge
+
+FeatureArray = Float[Array, "*features"]
+
+
+class Accumulator(NamedTuple):
+    """Hold the statistics of some batches: six arrays of the features' shape.
+
+    `mean` and `m2` = Σ|x-μ|² are those of all `n` = Σ n_B elements together;
+    `num_batches` counts the batches that have an element of the feature. The paper's
+    variance needs two sums over the batches with n_B > 1, which have an unbiased
+    variance s²_B: `var_weight` = Σ n_B and `weighted_var` = Σ n_B s²_B.
+    """
+
+    mean: Inexact[Array, "*features"]
+    m2: FeatureArray
+    n: FeatureArray
+    num_batches: FeatureArray
+    var_weight: FeatureArray
+    weighted_var: FeatureArray
+
+    @classmethod
+    def empty(cls, mean: Array) -> Self:
+        """Return the accumulator of no batch, for features of shape `mean.shape`.
+
+        Its dtype is the widest that is enabled.
+        """
+        return cls(*[jnp.zeros(mean.shape, jax.dtypes.canonicalize_dtype("float64"))] * 6)
+
+    @classmethod
+    def from_batch(
+        cls,
+        x: Inexact[Array, "*x"],
+        mask: Array | None,
+        feature_axes: Axes,
+        axis_name: AxisName | None = None,
+        groups: Groups | None = None,
+    ) -> Self:
+        """Accumulate one batch over all axes but `feature_axes`, on the device."""
+        mask = None if mask is None else shard_like(mask, x)
+        x = x.astype(accumulation_dtype(x.dtype))
+        axes = reduction_axes(feature_axes, x.ndim)
+        batch = merge(moments(x, x, mask, axes, closed_form=False), axis_name, groups)
+        n = jnp.broadcast_to(jnp.asarray(batch.n, batch.m2.dtype), batch.mean.shape)
+        var_weight = jnp.where(n > 1, n, 0)
+        parts = (
+            *(batch.mean, batch.m2, n, (n > 0).astype(n.dtype)),
+            *(var_weight, var_weight * divide_by_count(batch.m2, n - 1)),
+        )
+        return cls(*(squeeze_features(part, feature_axes) for part in parts))
+
+    def merge(self, other: Self) -> Self:
+        """Return the accumulator of the batches of both, in NumPy or JAX arrays.
+
+            n = n₁ + n₂,   μ = μ₁ + δ n₂ / n,   m2 = m2₁ + m2₂ + |δ|² n₁ n₂ / n
+
+        with δ = μ₂ - μ₁: Chan, Golub & LeVeque 1979, eq. 2.1.
+        """
+        n = self.n + other.n
+        share = other.n / (n + (n == 0).astype(n.dtype))
+        delta = other.mean - self.mean
+        return type(self)(
+            mean=self.mean + share.astype(delta.dtype) * delta,
+            m2=self.m2 + other.m2 + self.n * share * (delta * delta.conj()).real,
+            n=n,
+            num_batches=self.num_batches + other.num_batches,
+            var_weight=self.var_weight + other.var_weight,
+            weighted_var=self.weighted_var + other.weighted_var,
+        )
+
+    def astype(self, dtype: DTypeLike) -> Self:
+        """Cast the mean to `dtype`, and the other arrays to its real dtype."""
+        mean, *others = self
+        real = real_dtype(dtype)
+        return type(self)(mean.astype(dtype), *(part.astype(real) for part in others))
