@@ -29,7 +29,11 @@ def ascending_axes(axis: int | Sequence[int], ndim: int) -> Axes:
 def as_inexact(x: ArrayLike) -> Array:
     """`x` itself, or in float32 where it holds integers: Flax takes those too."""
     x = jnp.asarray(x)
-    return x if jnp.issubdtype(x.dtype, jnp.inexact) else x.astype(accumulation_dtype(x.dtype))
+    return (
+        x
+        if jnp.issubdtype(x.dtype, jnp.inexact)
+        else x.astype(accumulation_dtype(x.dtype))
+    )
 
 
 def as_weights(mask: ArrayLike | None) -> Array | None:
@@ -94,7 +98,9 @@ def absorb_call(
         None if axis_name is None else layer.axis_index_groups,
     )
     check_same_features(new.mean.shape, old.mean.shape)
-    dtype = accumulation_dtype(old.mean.dtype, new.mean.dtype)  # complex, after the first such x
+    dtype = accumulation_dtype(
+        old.mean.dtype, new.mean.dtype
+    )  # complex, after the first such x
     return add(cast(old, dtype), cast(new, dtype))
 
 
@@ -140,6 +146,10 @@ def _recomputed(
 
 def _as_stored(value: np.ndarray, old: Array) -> Array:
     """`value` in the dtype and in the place of `old`; a complex mean stays complex."""
-    dtype = accumulation_dtype(old.dtype, jnp.complex64) if np.iscomplexobj(value) else old.dtype
+    dtype = (
+        accumulation_dtype(old.dtype, jnp.complex64)
+        if np.iscomplexobj(value)
+        else old.dtype
+    )
     sharding = old.sharding if getattr(old, "committed", False) else None
     return jax.device_put(jnp.asarray(value, dtype), sharding)
