@@ -103,13 +103,13 @@ def _rows(samples: dict, copy: float, case: dict) -> list[dict]:
         samples[name, "both"] = [sum(pair) for pair in pairs]
     rows = []
     for (name, phase), seconds in samples.items():
-        least = floor(copy, PASSES[phase])
+        lower_bound = floor(copy, PASSES[phase])
         times: Summary = summarize(seconds)
         rows.append(
             case
             | {"library": name, "phase": phase, "rounds": len(seconds)}
             | times._asdict()
-            | {"floor": least, "ratio": times.median / least}
+            | {"floor": lower_bound, "ratio": times.median / lower_bound}
         )
     return rows
 
