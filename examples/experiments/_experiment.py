@@ -263,7 +263,7 @@ def report(
     figure.savefig(args.output / f"{name}.png", dpi=110)
     sentence, findings = verdict(*claim)
     if args.quick:
-        sentence, findings = "Too short to say: --quick has no verdict.", []
+        sentence, findings = "Too short to say: --quick only checks that it runs.", []
     head, *rows = table
     lines = [f"| {' | '.join(cells)} |" for cells in [head, ["---"] * len(head), *rows]]
     answers = [f"- {finding}" for finding in findings]
