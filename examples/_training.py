@@ -1,7 +1,7 @@
 """Shared parts of the training examples: the command line, and the report of a run."""
 
 import argparse
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -29,7 +29,11 @@ def make_parser(
 
 
 def report(
-    name: str, arrays: dict[str, Iterable], losses: list, accuracies: dict, folder: Path
+    name: str,
+    arrays: Mapping[str, Iterable],
+    losses: list,
+    accuracies: dict,
+    folder: Path,
 ) -> None:
     """Print a table of a run and write its picture.
 

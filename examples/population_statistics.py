@@ -64,7 +64,7 @@ def accuracy(variables: dict, images: Array, labels: Array) -> Array:
 
 
 def evaluate(variables: dict, averaged: dict, images: np.ndarray, test: tuple) -> dict:
-    """Return test accuracies by row; population statistics are those of `images`."""
+    """Return test accuracies by row; `images` give the population statistics."""
     stale = variables | {"params": averaged}
     batches = np.split(images, range(64, len(images), 64))  # the last one is short
     candidates = {"running": variables, "stale": stale}

@@ -1,4 +1,4 @@
-"""Train in several processes with synchronized batch norm, and recover from failures.
+r"""Train in several processes with synchronized batch norm, and recover from failures.
 
 Without --process-id, this starts --processes workers on this machine and watches them.
 If one dies, all start again from the last complete checkpoint. On several hosts, run
