@@ -47,14 +47,14 @@ RUNS = {"eager": lambda f: f, "jit": jax.jit}
 
 @pytest.mark.parametrize(("shape", "axis"), AXES, ids=str)
 @pytest.mark.parametrize("autodiff", ["custom_vjp", "jax"])
-def test_feature_axes_anywhere(shape, axis, autodiff, rng):
+def test_training_matches_oracle_for_any_feature_axes(shape, axis, autodiff, rng):
     case = rounded(random_case(rng, shape, axis), "float32")
     actual = run(case, axis=axis, autodiff=autodiff)
     assert_close(actual, train_step(case, axis=axis), TOLERANCE["float32"])
 
 
 @pytest.mark.parametrize(("shape", "axis"), AXES, ids=str)
-def test_feature_axes_at_inference(shape, axis, rng):
+def test_inference_matches_oracle_for_any_feature_axes(shape, axis, rng):
     case = rounded(random_case(rng, shape, axis), "float32")
     actual = run(case, train=False, axis=axis)
     assert_close(actual, inference(case, axis=axis), TOLERANCE["float32"])
@@ -63,7 +63,7 @@ def test_feature_axes_at_inference(shape, axis, rng):
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("train", [True, False])
 @pytest.mark.parametrize("how", RUNS)
-def test_dtypes(dtype, train, how, rng, x64):
+def test_dtypes_match_oracle(dtype, train, how, rng, x64):
     case = rounded(random_case(rng, (32, 4, 5)), dtype)
     actual = run(case, train, RUNS[how])
     assert actual.y.dtype == actual.dx.dtype == dtype
@@ -76,7 +76,7 @@ def test_dtypes(dtype, train, how, rng, x64):
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 @pytest.mark.parametrize("mask", MASKS)
 @pytest.mark.parametrize("autodiff", ["custom_vjp", "jax"])
-def test_masks(dtype, mask, autodiff, rng):
+def test_masks_match_oracle(dtype, mask, autodiff, rng):
     case = rounded(random_case(rng, (6, 5, 3)), dtype)
     weights = MASKS[mask](rng)
     actual = run(case, mask=weights, autodiff=autodiff)
@@ -84,7 +84,7 @@ def test_masks(dtype, mask, autodiff, rng):
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
-def test_options(options, rng):
+def test_options_match_oracle(options, rng):
     case = rounded(random_case(rng, (8, 3, 4)), "float32")
     expected = train_step(case, **options)
     assert_close(run(case, **options), expected, TOLERANCE["float32"])
@@ -92,7 +92,7 @@ def test_options(options, rng):
 
 @pytest.mark.parametrize("rows", [1, 2, 3, 32_769])
 @pytest.mark.parametrize("features", [1, 3])
-def test_odd_shapes(rows, features, rng):
+def test_odd_shapes_match_oracle(rows, features, rng):
     case = rounded(random_case(rng, (rows, features)), "float32")
     assert_close(run(case), train_step(case), 2e-5)
 
@@ -108,7 +108,7 @@ COTANGENTS = {
 @pytest.mark.parametrize("cotangent", COTANGENTS)
 @pytest.mark.parametrize("statistics", [True, False])
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
-def test_plain_cotangents(cotangent, statistics, dtype, rng):
+def test_gradients_match_oracle_for_plain_cotangents(cotangent, statistics, dtype, rng):
     case = random_case(rng, (9, 4, 3))
     case = case._replace(dy=COTANGENTS[cotangent](case.dy))
     if not statistics:
@@ -124,7 +124,7 @@ def test_plain_cotangents(cotangent, statistics, dtype, rng):
 @pytest.mark.parametrize("x_dtype", ["bfloat16", "float32"])
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
 @pytest.mark.parametrize("train", [True, False])
-def test_output_dtype_is_the_only_thing_that_dtype_changes(x_dtype, dtype, train, rng):
+def test_dtype_option_changes_only_the_output_dtype(x_dtype, dtype, train, rng):
     case = rounded(random_case(rng, (8, 4), loc=3.0), x_dtype)
     dy = case.dy.astype(dtype).astype(x_dtype)
     case = case._replace(dy=dy)
@@ -144,7 +144,9 @@ def test_output_dtype_is_the_only_thing_that_dtype_changes(x_dtype, dtype, train
 @pytest.mark.parametrize("use_scale", [True, False])
 @pytest.mark.parametrize("use_bias", [True, False])
 @pytest.mark.parametrize("autodiff", ["custom_vjp", "jax"])
-def test_without_scale_or_bias(train, use_scale, use_bias, autodiff, rng):
+def test_batch_norm_works_without_scale_or_bias(
+    train, use_scale, use_bias, autodiff, rng
+):
     case = rounded(random_case(rng, (6, 5, 3)), "float32")
     if not use_scale:
         case = case._replace(scale=np.ones_like(case.scale))
@@ -176,7 +178,7 @@ def test_without_scale_or_bias(train, use_scale, use_bias, autodiff, rng):
             assert got is None
 
 
-def test_variables_that_are_wider_than_x(rng, x64):
+def test_wider_variables_are_not_rounded(rng, x64):
     """Float64 statistics are not rounded to float32 on the way to y."""
     params, state = jaxbn.init(3, param_dtype=jnp.float64)
     assert {a.dtype for a in (*params, *state[:2]) if a is not None} == {

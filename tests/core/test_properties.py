@@ -44,7 +44,7 @@ def masks(draw, shape, rng):
 
 
 @given(data=st.data(), seed=st.integers(0, 2**32 - 1), options=OPTIONS)
-def test_any_shape_axis_mask_and_option(data, seed, options):
+def test_batch_norm_matches_oracle_for_any_shape_mask_and_option(data, seed, options):
     rng = np.random.default_rng(seed)
     shape, axis = data.draw(shapes_and_axes())
     case = rounded(random_case(rng, shape, axis), "float32")
@@ -59,7 +59,7 @@ def test_any_shape_axis_mask_and_option(data, seed, options):
     shape=st.tuples(st.integers(0, 6), st.integers(1, 3)),
     momentum=st.sampled_from([None, 0.0, 0.9, 1.0]),
 )
-def test_finite_input_gives_a_finite_state(data, shape, momentum):
+def test_state_is_finite_for_finite_input(data, shape, momentum):
     """Any bits that are a finite float32, the masked and the huge among them."""
     floats = st.floats(allow_nan=False, allow_infinity=False, width=32)
     size = shape[0] * shape[1]
@@ -77,7 +77,7 @@ def test_finite_input_gives_a_finite_state(data, shape, momentum):
 
 
 @given(seed=st.integers(0, 2**32 - 1), copies=st.integers(1, 4))
-def test_an_integer_weight_counts_a_row_that_often(seed, copies):
+def test_integer_weight_equals_repetition(seed, copies):
     rng = np.random.default_rng(seed)
     x = jnp.asarray(rng.normal(size=(5, 2)), jnp.float32)
     params, state = jaxbn.init(2)

@@ -36,7 +36,7 @@ def form(request, monkeypatch):
 @pytest.mark.parametrize("loc", [0.0, 3.0, 50.0])  # |μ|/σ about 0, 1.6 and 26
 @pytest.mark.parametrize("dtype", ["float64", "float32", "bfloat16"])
 @pytest.mark.parametrize("autodiff", ["custom_vjp", "jax"])
-def test_dtypes_near_and_far_from_zero(form, loc, dtype, autodiff, rng, x64):
+def test_sums_match_oracle_near_and_far_from_zero(form, loc, dtype, autodiff, rng, x64):
     case = rounded(random_case(rng, (64, 4, 5), loc=loc), dtype)
     assert_close(run(case, autodiff=autodiff), train_step(case), TOLERANCE[dtype])
 
@@ -44,20 +44,20 @@ def test_dtypes_near_and_far_from_zero(form, loc, dtype, autodiff, rng, x64):
 @pytest.mark.parametrize(
     ("shape", "axis"), [((4, 6, 3, 5), 1), ((4, 3, 5), (0, 2)), ((9, 1), -1)], ids=str
 )
-def test_feature_axes(form, shape, axis, rng):
+def test_sums_match_oracle_for_feature_axes(form, shape, axis, rng):
     case = rounded(random_case(rng, shape, axis), "float32")
     assert_close(run(case, axis=axis), train_step(case, axis=axis), 2e-5)
 
 
 @pytest.mark.parametrize("mask", MASKS)
 @pytest.mark.parametrize("loc", [0.0, 50.0])
-def test_masks(form, mask, loc, rng):
+def test_sums_match_oracle_with_masks(form, mask, loc, rng):
     case = rounded(random_case(rng, (6, 5, 3), loc=loc), "float32")
     weights = MASKS[mask](rng)
     assert_close(run(case, mask=weights), train_step(case, mask=weights), 2e-5)
 
 
-def test_one_far_channel_among_near_ones(form, rng):
+def test_far_feature_leaves_near_features_accurate(form, rng):
     """Chosen for all channels at once: the near may not suffer from the far one."""
     case = random_case(rng, (512, 4))
     case = rounded(case._replace(x=case.x + np.array([0, 0, 1e4, 0])), "float32")
@@ -69,7 +69,7 @@ def test_one_far_channel_among_near_ones(form, rng):
         np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-4)
 
 
-def test_just_near_is_as_good_as_far(form, rng):
+def test_variance_is_accurate_at_4_deviations(form, rng):
     """At |μ| = 4σ, where a CPU just takes sums about 0, the variance has 6 digits."""
     x = (rng.normal(size=(20_000, 3)) + 3.99).astype(np.float32)
     _, state = jaxbn.batch_norm(*jaxbn.init(3), x, True, momentum=0.0)
@@ -78,7 +78,7 @@ def test_just_near_is_as_good_as_far(form, rng):
 
 
 @pytest.mark.parametrize("value", [0.0, 1e4 + 0.1, -3e7])
-def test_constant_channels_give_the_bias(form, value, rng):
+def test_constant_features_return_the_bias(form, value, rng):
     params, state = jaxbn.init(3)
     bias = rng.normal(size=3).astype(np.float32)
     params = params._replace(bias=jnp.asarray(bias))
@@ -89,7 +89,7 @@ def test_constant_channels_give_the_bias(form, value, rng):
 
 
 @pytest.mark.parametrize("size", [1e-30, 1e15, 1e18])
-def test_very_small_and_very_large_values(form, size, rng):
+def test_very_small_and_very_large_values_stay_finite(form, size, rng):
     case = random_case(rng, (40, 3), loc=0.0, std=1.0)
     scaled = (case.x * size).astype(np.float32)
     y, state = jaxbn.batch_norm(*jaxbn.init(3), scaled, True)
@@ -97,7 +97,7 @@ def test_very_small_and_very_large_values(form, size, rng):
     assert np.isfinite(state.var).all()
 
 
-def test_vmap_takes_near_and_far_side_by_side(form, rng):
+def test_vmap_matches_single_calls_near_and_far(form, rng):
     """Batched, the condition becomes a choice between both results."""
     cases = [random_case(rng, (32, 4), loc=loc) for loc in (0.0, 80.0)]
     xs = np.stack([case.x for case in cases]).astype(np.float32)
@@ -116,7 +116,7 @@ def test_vmap_takes_near_and_far_side_by_side(form, rng):
 
 
 @pytest.mark.parametrize("wrap", [jax.checkpoint, jax.jit], ids=["remat", "jit"])
-def test_hessian_vector_product(form, wrap, rng, x64):
+def test_hessian_vector_product_matches_plain_autodiff(form, wrap, rng, x64):
     """Closed form and plain autodiff agree to second order."""
     params, state = jaxbn.init(2, param_dtype=jnp.float64)
     x, v = rng.normal(size=(2, 7, 2))
@@ -146,7 +146,7 @@ def lowered(platform, shape, dtype=jnp.float32):
 
 
 @pytest.mark.parametrize("platform", ["cuda", "rocm", "tpu"])
-def test_what_is_made_for_a_cpu_stays_there(platform):
+def test_accelerator_programs_contain_no_cpu_form(platform):
     program = lowered(platform, (4096, 64))
     assert "optimization_barrier" not in program
     assert f"dense<{reductions.NEAR_ZERO:.6e}>" not in program
@@ -154,13 +154,15 @@ def test_what_is_made_for_a_cpu_stays_there(platform):
 
 
 @pytest.mark.parametrize(("rows", "conditionals"), [(128, 0), (4096, 2)])
-def test_a_cpu_asks_once_each_way_unless_there_is_little_to_save(rows, conditionals):
+def test_cpu_program_has_one_conditional_per_direction_if_x_is_large(
+    rows, conditionals
+):
     program = lowered("cpu", (rows, 64))
     assert program.count(f"dense<{reductions.NEAR_ZERO:.6e}>") == conditionals
     assert "complex" not in program
 
 
-def test_no_sum_writes_out_a_cast_of_x():
+def test_sums_do_not_materialize_a_cast_of_x():
     """Casts of bfloat16 stay inside the sums on a CPU: it writes y and dx alone."""
     shape = (64, 16, 16, 64)
     params, state = jaxbn.init(64)

@@ -122,13 +122,13 @@ def few_slots(monkeypatch):
 @pytest.mark.usefixtures("few_slots")
 @pytest.mark.parametrize("mask", MASKS)
 @pytest.mark.parametrize("way", [way for way in WAYS if way != "jit"])
-def test_many_devices_equal_one(way, mask, rng):
-    test_n_devices_equal_one(way, mask, rng)
+def test_devices_beyond_the_gather_limit_match_oracle(way, mask, rng):
+    test_devices_match_oracle(way, mask, rng)
 
 
 @pytest.mark.parametrize("mask", MASKS)
 @pytest.mark.parametrize("way", WAYS)
-def test_n_devices_equal_one(way, mask, rng):
+def test_devices_match_oracle(way, mask, rng):
     case = rounded(random_case(rng, SHAPE), "float32")
     weights = np.asarray(MASKS[mask](rng), np.float32)
     weights = np.broadcast_to(weights, (SHAPE[0], 2, weights.shape[2]))
@@ -141,7 +141,7 @@ def test_n_devices_equal_one(way, mask, rng):
 )
 @pytest.mark.parametrize("mask", ["uneven", "one shard empty", "weights"])
 @pytest.mark.parametrize("way", WAYS)
-def test_bfloat16_and_plain_autodiff(way, mask, dtype, autodiff, rng):
+def test_bfloat16_and_plain_autodiff_match_oracle(way, mask, dtype, autodiff, rng):
     case = rounded(random_case(rng, SHAPE), dtype)
     mask = MASKS[mask](rng).astype(np.float32)
     actual = run_sharded(case, WAYS[way], mask, autodiff)
@@ -149,7 +149,7 @@ def test_bfloat16_and_plain_autodiff(way, mask, dtype, autodiff, rng):
 
 
 @pytest.mark.parametrize("shape", [SHAPE, (64, C), (64, 3, 3, C)], ids=str)
-def test_jit_with_explicit_axes(shape, rng):
+def test_explicit_sharding_matches_oracle(shape, rng):
     case = rounded(random_case(rng, shape), "float32")
     where = mesh(AxisType.Explicit)
     params = jaxbn.BatchNormParams(jnp.asarray(case.scale), jnp.asarray(case.bias))
@@ -182,7 +182,7 @@ SPECS = [P("d", "m"), P("d", None), P(None, "m"), P(None, None), P(("d", "m"), N
 @pytest.mark.parametrize("masked", [P(None, None), None], ids=str)
 @pytest.mark.parametrize("vectors", [P(None), P("m")])
 @pytest.mark.parametrize("spec", SPECS, ids=str)
-def test_explicit_axes_need_not_agree(spec, vectors, masked, rng):
+def test_explicit_shardings_may_differ_between_arguments(spec, vectors, masked, rng):
     """Parameters, statistics and mask lie elsewhere than x; all stay where they are."""
     case = rounded(random_case(rng, (16, 8)), "float32")
     mask = None if masked is None else (rng.random((16, 1)) < 0.6).astype(np.float32)
@@ -260,7 +260,7 @@ def grad_inside(way, arguments, shared, autodiff):
     ],
 )
 @pytest.mark.parametrize("way", ["shard_map", "shard_map unchecked", "pmap", "vmap"])
-def test_grad_inside(way, mask, dtype, autodiff, rng):
+def test_grad_inside_the_mapping_matches_oracle(way, mask, dtype, autodiff, rng):
     case = rounded(random_case(rng, SHAPE), dtype)
     case = case._replace(dmean=0 * case.dmean, dvar=0 * case.dvar)
     mask = np.asarray(MASKS[mask](rng), np.float32)
@@ -275,7 +275,7 @@ def test_grad_inside(way, mask, dtype, autodiff, rng):
 
 @pytest.mark.parametrize("wrap", [lambda f: f, jax.checkpoint], ids=["", "remat"])
 @pytest.mark.parametrize("check_vma", [True, False])
-def test_scan_over_layers_inside(check_vma, wrap, rng):
+def test_scan_over_layers_matches_one_device(check_vma, wrap, rng):
     """Three layers in a scan, over devices and on one: everything and its gradient."""
     vectors = [rng.uniform(0.5, 1.5, size=(3, C)).astype(np.float32) for _ in range(4)]
     params = jaxbn.BatchNormParams(jnp.asarray(vectors[0]), jnp.asarray(vectors[1]))
@@ -313,7 +313,7 @@ def test_scan_over_layers_inside(check_vma, wrap, rng):
         np.testing.assert_allclose(a, b, rtol=0, atol=2e-5 * np.abs(b).max())
 
 
-def test_variance_over_devices_at_a_large_mean(rng):
+def test_synced_variance_is_accurate_at_a_large_mean(rng):
     x = jnp.asarray(1e4 + rng.normal(size=(DEVICES, 500, C)), jnp.float32)
     params, state = jaxbn.init(C)
 
@@ -326,7 +326,7 @@ def test_variance_over_devices_at_a_large_mean(rng):
     np.testing.assert_allclose(var, expected, rtol=1e-4)
 
 
-def test_two_shards_with_4_and_1_valid_rows_give_the_true_mean(rng):
+def test_synced_mean_weights_shards_by_element_count(rng):
     """flax.linen takes the mean of the two means: google/flax#2417."""
     x = rng.normal(size=(2, 4, C)).astype(np.float32)
     mask = np.array([[1, 1, 1, 1], [1, 0, 0, 0]])[..., None]
@@ -342,7 +342,7 @@ def test_two_shards_with_4_and_1_valid_rows_give_the_true_mean(rng):
     np.testing.assert_allclose(new.var[0], valid.var(0, ddof=1), rtol=1e-5)
 
 
-def test_the_axis_is_ignored_at_inference(rng):
+def test_inference_ignores_axis_name(rng):
     params, state = jaxbn.init(C)
     x = jnp.asarray(rng.normal(size=(5, C)), jnp.float32)
     y, _ = jaxbn.batch_norm(params, state, x, False, axis_name="nowhere")
@@ -361,7 +361,7 @@ def grouped(x, axis_index_groups=GROUPS):
 
 @pytest.mark.parametrize("way", ["shard_map", "pmap"])
 @pytest.mark.filterwarnings("ignore:.*pmap.*:DeprecationWarning")
-def test_groups_share_statistics_among_themselves(way, rng):
+def test_axis_index_groups_share_statistics_within_each_group(way, rng):
     x = jnp.asarray(rng.normal(size=(DEVICES, ROWS, C)), jnp.float32)
     if way == "pmap":
         mapped = jax.pmap(grouped, axis_name="data", devices=jax.devices()[:DEVICES])
@@ -381,7 +381,7 @@ def test_groups_share_statistics_among_themselves(way, rng):
 
 
 @pytest.mark.parametrize("way", ["vmap", "shard_map checked"])
-def test_groups_where_jax_refuses_them(way):
+def test_axis_index_groups_unsupported_by_jax_are_rejected(way):
     x = jnp.ones((DEVICES, ROWS, C))
     mapped = jax.vmap(grouped, axis_name="data")
     if way != "vmap":
@@ -440,7 +440,7 @@ def mapped_step(devices, check_vma, grad, channels=16):
 @pytest.mark.parametrize("check_vma", [True, False])
 @pytest.mark.parametrize("grad", ["none", "outside", "inside"])
 @pytest.mark.parametrize("devices", [2, 8])
-def test_one_collective_forward_and_one_backward(devices, grad, check_vma):
+def test_step_has_one_collective_forward_and_one_backward(devices, grad, check_vma):
     """In the compiled program, with bytes that do not grow with the batch.
 
     Forward n, μ and m2 of each device; backward the cotangents of μ, σ², scale and
@@ -452,7 +452,7 @@ def test_one_collective_forward_and_one_backward(devices, grad, check_vma):
     assert found == ([forward] if grad == "none" else [forward, backward])
 
 
-def test_one_collective_up_to_64_devices_and_two_small_ones_beyond():
+def test_collectives_stop_growing_beyond_64_devices():
     """The two do not grow with the devices."""
     script = """
 import jax

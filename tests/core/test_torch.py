@@ -73,7 +73,7 @@ ROWS = [
 @pytest.mark.parametrize(
     ("kind", "momentum", "affine", "track"), [*ROWS, ("1d rows", 0.1, True, True)]
 )
-def test_the_layers_of_torch(kind, momentum, affine, track, rng):
+def test_batch_norm_matches_torch_layers(kind, momentum, affine, track, rng):
     """Three steps of training, then inference: y, every gradient, the statistics."""
     layer = make_layer(
         rng, kind, momentum=momentum, affine=affine, track_running_stats=track
@@ -101,7 +101,7 @@ def test_the_layers_of_torch(kind, momentum, affine, track, rng):
             assert int(state.count) == int(layer.num_batches_tracked)
 
 
-def test_converted_statistics_do_not_follow_the_layer(rng):
+def test_from_torch_copies_the_statistics(rng):
     """PyTorch writes its buffers in place, and NumPy views of them follow."""
     layer = make_layer(rng, "2d")
     x = torch.tensor(rng.normal(size=SHAPES["2d"]).astype(np.float32))
@@ -115,7 +115,7 @@ def test_converted_statistics_do_not_follow_the_layer(rng):
     assert not np.array_equal(state.mean, layer.running_mean.numpy())
 
 
-def test_a_state_dict_comes_back_in_its_dtypes_and_loads_strictly(rng):
+def test_to_torch_tree_keeps_dtypes_and_loads_strictly(rng):
     net = torch.nn.Sequential(
         torch.nn.Conv2d(2, C, 1), make_layer(rng, "2d"), torch.nn.LayerNorm(3)
     )
@@ -138,7 +138,7 @@ def test_a_state_dict_comes_back_in_its_dtypes_and_loads_strictly(rng):
 
 
 @pytest.mark.parametrize("make", [lambda t: t.bfloat16(), lambda t: t.requires_grad_()])
-def test_tensors_that_numpy_cannot_read(make, rng):
+def test_from_torch_rejects_tensors_unreadable_by_numpy(make, rng):
     state_dict = make_layer(rng, "1d").state_dict()
     state_dict["running_mean"] = make(state_dict["running_mean"])
     with pytest.raises(TypeError, match=r"readable as a NumPy array; got Tensor"):

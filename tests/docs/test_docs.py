@@ -16,7 +16,7 @@ from pages import DOCS, run_page
 import jaxbn
 
 
-def test_index():
+def test_index_snippets_normalize():
     with jax.numpy_dtype_promotion("standard"):  # Flax needs it
         names = run_page("index.md")
     x, y, state = (names[name] for name in ("x", "y", "state"))
@@ -30,7 +30,7 @@ def test_index():
     assert names["updates"]["batch_stats"]["BatchNorm_0"]["mean"].shape == (8,)
 
 
-def test_mathematics():
+def test_mathematics_snippets_match_jax_derivatives():
     with jax.numpy_rank_promotion("allow"):
         names = run_page("mathematics.md")
     np.testing.assert_allclose(names["closed_form"], names["dx"], atol=1e-5)
@@ -48,7 +48,7 @@ def saved(f, x):
     return sum(a.nbytes for a in jax.tree.leaves(vjp))
 
 
-def test_many_devices():
+def test_many_devices_snippets_match_the_whole_batch():
     names = run_page("many_devices.md")
     x = np.asarray(names["x"], np.float64)
     expected = 0.01 * x.mean(0)
@@ -58,7 +58,7 @@ def test_many_devices():
     assert len(jax.devices()) == 8
 
 
-def test_from_training_to_inference():
+def test_from_training_to_inference_snippets_match_the_model():
     with jax.numpy_dtype_promotion("standard"):  # optax and Flax need it
         names = run_page("from_training_to_inference.md")
         expected = names["model"].apply(names["variables"], names["images"])
@@ -109,7 +109,7 @@ def public_names(module):
 
 
 @pytest.mark.parametrize("module", MODULES)
-def test_every_public_name_has_a_docstring(module):
+def test_public_names_have_docstrings(module):
     module = importlib.import_module(module)
     names = list(public_names(module))
     assert len(names) > 5
@@ -121,7 +121,7 @@ def test_every_public_name_has_a_docstring(module):
 
 
 @pytest.mark.parametrize("module", MODULES)
-def test_every_public_name_is_in_the_reference(module):
+def test_public_names_are_in_the_reference(module):
     pages = "\n".join(page.read_text() for page in DOCS.glob("api/*.md"))
     listed = re.findall(r"^::: (\S+)$", pages, re.MULTILINE)
     assert len(listed) == len(set(listed))
@@ -129,7 +129,7 @@ def test_every_public_name_is_in_the_reference(module):
     assert {f"{module}.{name}" for name in names} - set(listed) == set()
 
 
-def test_the_fields_of_the_linen_layer_are_in_its_table():
+def test_linen_layer_fields_match_the_table():
     text = (DOCS / "api/linen.md").read_text()
     rows = re.findall(r"^\| `(\w+)` \| `([^|]+)` \|", text, re.MULTILINE)
     fields = dataclasses.fields(jaxbn.linen.BatchNorm)

@@ -18,7 +18,7 @@ def blocks(language):
     return re.findall(rf"^```{language}\n(.*?)^```", README, re.DOTALL | re.MULTILINE)
 
 
-def test_the_example_learns_its_target():
+def test_example_learns_its_target():
     source, *_ = blocks("python")
     assert len([line for line in source.splitlines() if line]) == 12
     names = {}
@@ -44,7 +44,7 @@ class Switched(nn.Module):
         return run_snippet(1, x=x, train=True)["y"]
 
 
-def test_switching_a_flax_model_over(rng):
+def test_switched_flax_models_have_unit_deviation(rng):
     """Each of the three ways does without Flax's cancelling variance."""
     x = (1e4 + rng.normal(size=(64, 64))).astype(np.float32)
     y, _ = Switched().init_with_output(jax.random.key(0), x)
@@ -66,14 +66,14 @@ def test_switching_a_flax_model_over(rng):
     np.testing.assert_allclose(after["nnx_model"](x).std(0), 1, rtol=1e-4)
 
 
-def test_the_quick_start_is_two_lines():
+def test_quick_start_has_two_commands():
     block, *_ = blocks("sh")
     run, test = block.splitlines()
     assert run == "pip install -e '.[examples]' && python examples/quickstart.py"
     assert test == "pip install -e '.[test]' && pytest"
 
 
-def test_the_option_table_has_the_defaults():
+def test_option_table_states_the_defaults():
     parameters = inspect.signature(jaxbn.batch_norm).parameters
     rows = dict(re.findall(r"^\| (`[^|]+`) \| (`[^|]+`) \|", README, re.MULTILINE))
     for names, default in rows.items():
@@ -82,7 +82,7 @@ def test_the_option_table_has_the_defaults():
             assert parameters[name].default == stated, name
 
 
-def test_what_the_initial_statistics_weigh_after_100_steps(rng):
+def test_initial_statistics_keep_37_percent_after_100_steps(rng):
     params, state = jaxbn.init(1)
     x = rng.normal(size=(8, 1)).astype(np.float32)
     x = (x - x.mean()) / x.std()  # what the batches add to the mean is 0
@@ -95,7 +95,7 @@ def test_what_the_initial_statistics_weigh_after_100_steps(rng):
     np.testing.assert_allclose(after.mean, 0.37, atol=0.005)
 
 
-def test_against_flax_and_pytorch_in_numbers(rng):
+def test_momentum_and_unbiased_reproduce_pytorch_and_flax(rng):
     """`momentum` and `unbiased` as the table translates them."""
     x = rng.normal(size=(10, 3)).astype(np.float32)
     params, state = jaxbn.init(3)

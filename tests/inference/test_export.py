@@ -62,7 +62,7 @@ def export_for(platforms, function, rng, rows: int | str = ROWS):
 
 @pytest.mark.parametrize("function", [inference, train_step])
 @pytest.mark.parametrize("rows", [64, ROWS, "batch"])
-def test_a_loaded_program_does_what_the_function_does(function, rows, rng):
+def test_loaded_program_matches_the_function(function, rows, rng):
     written = export_for(PLATFORMS, function, rng, rows).serialize()
     loaded = export.deserialize(written)
     assert loaded.platforms == PLATFORMS
@@ -85,7 +85,7 @@ def assert_same(actual, expected):
 
 @pytest.mark.parametrize("train", [True, False])
 @pytest.mark.parametrize("shape", ["b, 3", "b, h, 4, 3"])
-def test_export_with_a_symbolic_batch(shape, train, rng):
+def test_symbolic_batch_export_matches_the_function(shape, train, rng):
     params, state = jaxbn.init(3)
     symbolic = jax.ShapeDtypeStruct(export.symbolic_shape(shape), jnp.float32)
 
@@ -102,7 +102,7 @@ def test_export_with_a_symbolic_batch(shape, train, rng):
         np.testing.assert_allclose(actual, expected, rtol=1e-4, atol=1e-5)
 
 
-def test_a_loaded_layer_is_differentiated_by_its_exported_vjp(rng):
+def test_loaded_layer_is_differentiated_by_its_exported_vjp(rng):
     """Asked for by `vjp_order`: what is loaded is a program without a custom_vjp."""
 
     def forward(params, state, x):
@@ -142,7 +142,7 @@ def choices(module, what="stablehlo.reduce"):
 
 
 @pytest.mark.parametrize("rows", [ROWS, "batch"])
-def test_each_platform_has_its_form_in_the_common_program(rows, rng):
+def test_common_program_contains_the_form_of_each_platform(rows, rng):
     module = export_for(PLATFORMS, train_step, rng, rows).mlir_module()
     by_platform = [branches for branches in choices(module) if len(branches) == 3]
     near_zero = [branches for branches in choices(module) if len(branches) == 2]
@@ -162,7 +162,7 @@ def test_each_platform_has_its_form_in_the_common_program(rows, rng):
 
 @pytest.mark.parametrize("rows", [ROWS, "batch"])
 @pytest.mark.parametrize("platform", PLATFORMS)
-def test_a_program_for_one_platform_has_one_form(platform, rows, rng):
+def test_single_platform_program_contains_one_form(platform, rows, rng):
     module = export_for([platform], train_step, rng, rows).mlir_module()
     branches = {len(branches) for branches in choices(module)}
     assert branches == ({1, 2} if platform == "cpu" else {1})
@@ -170,7 +170,7 @@ def test_a_program_for_one_platform_has_one_form(platform, rows, rng):
     assert ("complex" in module) == (platform == "cuda")
 
 
-def test_a_cpu_that_loads_the_common_program_compiles_its_own_form(rng):
+def test_cpu_compiles_only_its_form_of_the_common_program(rng):
     loaded = export.deserialize(export_for(PLATFORMS, train_step, rng).serialize())
     compiled = jax.jit(loaded.call).lower(*shapes(rng, ROWS)).compile()
     text = compiled.as_text() or ""

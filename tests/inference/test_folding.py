@@ -108,7 +108,7 @@ LAYERS = {
 
 @pytest.mark.parametrize("name", LAYERS)
 @pytest.mark.usefixtures("x64")
-def test_folded_layers_do_both(name, rng):
+def test_folded_layer_includes_the_batch_norm(name, rng):
     layer = LAYERS[name]
     x, kernel = (jnp.asarray(rng.normal(size=s)) for s in (layer.x, layer.kernel))
     features = tuple(np.take(layer.kernel, np.atleast_1d(layer.axis)))
@@ -125,7 +125,7 @@ def test_folded_layers_do_both(name, rng):
 
 
 @pytest.mark.usefixtures("x64")
-def test_a_bias_for_every_position_keeps_its_shape(rng):
+def test_fold_keeps_the_shape_of_a_bias_per_position(rng):
     """That of Flax's ConvLocal, and of DenseGeneral with batch dimensions."""
     params, state = batch_norm_variables(rng, (4,))
     bias = rng.normal(size=(5, 6, 4))
@@ -134,7 +134,7 @@ def test_a_bias_for_every_position_keeps_its_shape(rng):
 
 
 @pytest.mark.parametrize("dtype", ["float8_e4m3fn", "bfloat16", "float16", "float32"])
-def test_it_computes_in_float32_whatever_the_dtype(dtype, rng):
+def test_fold_computes_in_float32_for_narrow_dtypes(dtype, rng):
     kernel, bias = (
         jnp.asarray(rng.normal(size=s), jnp.float32).astype(dtype)
         for s in ((3, 3, 4), (4,))
@@ -149,7 +149,7 @@ def test_it_computes_in_float32_whatever_the_dtype(dtype, rng):
 
 
 @pytest.mark.parametrize("used", [(True, True), (True, False), (False, True)])
-def test_affine_without_scale_or_bias(used, rng):
+def test_inference_affine_works_without_scale_or_bias(used, rng):
     params, state = batch_norm_variables(rng, (5, 2), np.float32)
     params = BatchNormParams(
         *(p if u else None for p, u in zip(params, used, strict=True))
@@ -161,7 +161,7 @@ def test_affine_without_scale_or_bias(used, rng):
     assert_near(y, normalized(x, params, state), 1e-6)
 
 
-def test_affine_is_inference_of_batch_norm(rng):
+def test_inference_affine_matches_batch_norm(rng):
     params, state = batch_norm_variables(rng, (5,), np.float32)
     x = jnp.asarray(rng.normal(size=(7, 5)), jnp.float32)
     scale, offset = (v[None] for v in jaxbn.inference_affine(params, state))
@@ -169,7 +169,7 @@ def test_affine_is_inference_of_batch_norm(rng):
     assert_near(x * scale + offset, y, 1e-6)
 
 
-def test_affine_rounds_more_where_the_mean_is_large(rng):
+def test_inference_affine_is_less_accurate_at_a_large_mean(rng):
     params, state = batch_norm_variables(rng, (5,), np.float32)
     state = state._replace(mean=1e4 + state.mean, var=0.5 + 0 * state.var)
     x = jnp.asarray(state.mean + rng.normal(size=(1000, 5)), jnp.float32)
@@ -185,7 +185,7 @@ def test_affine_rounds_more_where_the_mean_is_large(rng):
     assert errors[1] < 1e-2 * errors[0]
 
 
-def test_a_constant_channel_without_epsilon_becomes_its_bias():
+def test_fold_of_a_constant_feature_without_epsilon_is_its_bias():
     params = BatchNormParams(jnp.full(2, 3.0), jnp.array([5.0, 7.0]))
     state = BatchNormState(jnp.full(2, 2.0), jnp.zeros(2), jnp.int32(1))
     kernel, bias = jaxbn.fold(jnp.ones((3, 2)), None, params, state, epsilon=0.0)
@@ -194,7 +194,7 @@ def test_a_constant_channel_without_epsilon_becomes_its_bias():
 
 
 @pytest.mark.usefixtures("x64")
-def test_it_is_differentiable_and_maps_over_stacked_layers(rng):
+def test_fold_is_differentiable_and_supports_vmap(rng):
     params, state = batch_norm_variables(rng, (4,))
     kernel, bias = rng.normal(size=(3, 4)), rng.normal(size=4)
 
@@ -241,12 +241,12 @@ def fold_with(kernel=(3, 4), bias=None, features=(4,), axis: Any = -1, **changes
         ({"axis": (1, -1)}, ValueError, "each feature axis once; .*for the kernel"),
     ],
 )
-def test_errors(wrong, error, match):
+def test_fold_rejects_wrong_arguments(wrong, error, match):
     with pytest.raises(error, match=match):
         fold_with(**wrong)
 
 
-def test_errors_of_the_affine_map(rng):
+def test_inference_affine_rejects_wrong_arguments(rng):
     params, state = batch_norm_variables(rng, (4,), np.float32)
     with pytest.raises(ValueError, match="epsilon must not be negative"):
         jaxbn.inference_affine(params, state, -1.0)
@@ -294,7 +294,7 @@ class Unfolded(nn.Module):
 
 @pytest.mark.usefixtures("standard_promotion")
 @pytest.mark.parametrize(("name", "use_bias"), [*zip(LINEN, cycle(BIAS))])
-def test_linen_layers(name, use_bias, rng):
+def test_linen_fold_supports_each_layer(name, use_bias, rng):
     layer, shape, axis = LINEN[name]
     layer = layer.clone(use_bias=use_bias, parent=None)
     x = jnp.asarray(rng.normal(size=shape), jnp.float32)
@@ -350,7 +350,7 @@ def net(rng, standard_promotion):
     return random_variables(rng, Net(), x), x
 
 
-def test_a_linen_model_by_paths(net):
+def test_linen_fold_takes_paths_of_nested_layers(net):
     variables, x = net
     before = jax.tree.map(jnp.copy, variables)
     pairs = dict(list(PAIRS.items())[:2]) | {
@@ -373,20 +373,20 @@ def test_a_linen_model_by_paths(net):
         assert_alike(jax.eval_shape(Net().init, jax.random.key(0), x), before)
 
 
-def test_outside_of_skip_folded_flax_says_what_is_missing(net):
+def test_folded_linen_model_fails_outside_skip_folded(net):
     variables, x = net
     with pytest.raises(Exception, match='"mean" for collection "batch_stats"'):
         Net().apply(jaxbn.linen.fold(variables, PAIRS), x)
 
 
-def test_pairs_may_be_folded_one_after_the_other(net):
+def test_linen_fold_of_single_pairs_equals_fold_of_all(net):
     folded = variables = net[0]
     for layer, norm in PAIRS.items():
         folded = jaxbn.linen.fold(folded, {layer: norm})
     assert_same(folded, jaxbn.linen.fold(variables, PAIRS), 0)
 
 
-def test_a_layer_that_computes_in_bfloat16_still_does(net):
+def test_folded_bfloat16_layer_matches_the_model(net):
     variables, x = net
     block = {name: tree["Block_0"] for name, tree in variables.items()}
     pairs = {"Conv_0": "BatchNorm_0", "Conv_1": "BatchNorm_1"}
@@ -406,7 +406,7 @@ class Scaled(nn.BatchNorm):
 
 
 @pytest.mark.usefixtures("standard_promotion")
-def test_only_what_flax_does_is_skipped(rng):
+def test_skip_folded_keeps_the_code_of_subclasses(rng):
     x = jnp.asarray(rng.normal(size=(6, 3)), jnp.float32)
     model = nn.Sequential([nn.Dense(4, use_bias=False), Scaled(True)])
     variables = random_variables(rng, model, x)
@@ -419,7 +419,7 @@ def test_only_what_flax_does_is_skipped(rng):
 
 
 @pytest.mark.usefixtures("standard_promotion")
-def test_boxes_stay_around_what_was_in_them(rng):
+def test_linen_fold_keeps_partitioning_boxes(rng):
     x = jnp.asarray(rng.normal(size=(6, 3)), jnp.float32)
     kernel_init = nn.with_partitioning(nn.initializers.normal(), (None, "model"))
     scale_init = nn.with_partitioning(nn.initializers.normal(), ("model",))
@@ -448,7 +448,7 @@ def test_boxes_stay_around_what_was_in_them(rng):
         ({"Dense_0": "Block_0/BatchNorm_0"}, "features of the layer before it"),
     ],
 )
-def test_errors_of_linen_pairs(pairs, match, net):
+def test_linen_fold_rejects_wrong_pairs(pairs, match, net):
     variables, _ = net
     before = jax.tree.map(jnp.copy, variables)
     with pytest.raises(ValueError, match=match):
@@ -456,7 +456,7 @@ def test_errors_of_linen_pairs(pairs, match, net):
     assert_same(variables, before, 0)
 
 
-def test_a_damaged_linen_checkpoint_is_named(net):
+def test_linen_fold_error_names_the_damaged_pair(net):
     variables, _ = net
     damaged = jax.tree.map(jnp.copy, variables)
     stats = damaged["batch_stats"]["Block_1"]["BatchNorm_0"]
@@ -468,7 +468,7 @@ def test_a_damaged_linen_checkpoint_is_named(net):
     assert_same(damaged, before, 0)
 
 
-def test_linen_variables_without_batch_norm(net):
+def test_linen_fold_rejects_variables_without_batch_norm(net):
     variables, _ = net
     with pytest.raises(ValueError, match="There are: none"):
         jaxbn.linen.fold({"params": variables["params"]}, PAIRS)
@@ -503,7 +503,7 @@ def randomized(rng, model):
 
 @pytest.mark.usefixtures("standard_promotion")
 @pytest.mark.parametrize(("name", "use_bias"), [*zip(NNX, cycle(BIAS))])
-def test_nnx_layers(name, use_bias, rng):
+def test_nnx_fold_supports_each_layer(name, use_bias, rng):
     kind, args, options, shape = NNX[name]
 
     def build(use_bias):
@@ -567,7 +567,7 @@ def norms_in(model):
     return sum(isinstance(node, nnx.BatchNorm) for _, node in nodes)
 
 
-def test_an_nnx_model_by_sequentials_and_by_paths(tower):
+def test_nnx_fold_takes_sequentials_and_paths(tower):
     model, x = tower
     apply = nnx.jit(lambda model: model(x))
     expected = apply(model)
@@ -602,7 +602,7 @@ class Held(nnx.Module):
 
 
 @pytest.mark.usefixtures("standard_promotion")
-def test_what_else_holds_a_layer_keeps_it(rng):
+def test_nnx_fold_leaves_layers_held_elsewhere_unfolded(rng):
     model = randomized(rng, nnx.eval_shape(lambda: Held(nnx.Rngs(0))))
     x = jnp.asarray(rng.normal(size=(4, 3)), jnp.float32)
     apply = nnx.jit(lambda model: model(x))
@@ -610,7 +610,7 @@ def test_what_else_holds_a_layer_keeps_it(rng):
 
 
 @pytest.mark.usefixtures("standard_promotion")
-def test_one_norm_after_two_layers(rng):
+def test_nnx_fold_supports_one_norm_after_two_layers(rng):
     layers = [nnx.Linear(3, 3, rngs=nnx.Rngs(i)) for i in range(2)]
     norm = nnx.BatchNorm(3, rngs=nnx.Rngs(0))
     model = randomized(rng, nnx.Sequential(layers[0], norm, nnx.relu, layers[1], norm))
@@ -652,12 +652,12 @@ def sequential(norm: Any = nnx.BatchNorm, kind=nnx.Sequential, **options):
         (sequential(TwoTimes), {"layers.0": "layers.1"}, TypeError, "got TwoTimes"),
     ],
 )
-def test_errors_of_nnx_models(model, pairs, error, match):
+def test_nnx_fold_rejects_wrong_models(model, pairs, error, match):
     with pytest.raises(error, match=match):
         jaxbn.nnx.fold(model, pairs)
 
 
-def test_a_damaged_nnx_checkpoint_is_named(tower):
+def test_nnx_fold_error_names_the_damaged_pair(tower):
     model, _ = tower
     model.blocks[1].rest.layers[2].var[...] *= -1
     before = nnx.to_pure_dict(nnx.state(model))

@@ -72,7 +72,7 @@ def assert_stats(actual, expected, tolerance):
 @pytest.mark.parametrize(
     ("axis", "shape"), [(-1, (2, C)), (1, (C, 4)), ((2, 1), (C, 4))]
 )
-def test_the_statistics_of_one_layer(rng, variance, axis, shape):
+def test_population_matches_oracle_for_feature_axes(rng, variance, axis, shape):
     batches = [
         (rng.normal(size=shape) + rng.normal(size=(n, *shape))).astype(np.float32)
         for n in (4, 3)
@@ -83,13 +83,13 @@ def test_the_statistics_of_one_layer(rng, variance, axis, shape):
 
 
 @pytest.mark.parametrize("variance", VARIANCES)
-def test_a_short_last_batch_counts_for_its_rows_and_one_row_in_the_mean(rng, variance):
+def test_population_weights_batches_by_their_size(rng, variance):
     batches = draw(rng)
     state = jaxbn.population(batches, variance=variance)
     assert_stats(state[:2], oracle(batches, variance), 1e-6)
 
 
-def test_batches_of_one_size_give_the_formula_of_the_paper(rng):
+def test_equal_batches_match_the_formula_of_the_paper(rng):
     x = rng.normal(size=(6, 4, C))
     state = jaxbn.population(x.astype(np.float32))
     assert_stats(state[:2], (x.mean((0, 1)), 4 / 3 * x.var(1).mean(0)), 1e-6)
@@ -97,7 +97,7 @@ def test_batches_of_one_size_give_the_formula_of_the_paper(rng):
 
 @pytest.mark.parametrize("variance", VARIANCES)
 @pytest.mark.parametrize("kind", ["bool", "weights"])
-def test_masks(rng, variance, kind):
+def test_masks_match_oracle_and_hide_nan(rng, variance, kind):
     """What is masked may be NaN; a channel with one row in a batch has no variance."""
     batches = draw(rng, (8, 8, 4))
     weights = [rng.integers(0, 2, size=(len(x), 1)) * np.ones(C) for x in batches]
@@ -112,7 +112,7 @@ def test_masks(rng, variance, kind):
 
 
 @pytest.mark.parametrize("variance", VARIANCES)
-def test_a_large_mean(rng, variance):
+def test_population_is_accurate_at_a_large_mean(rng, variance):
     batches = [(1e4 + rng.normal(size=(256, C))).astype(np.float32) for _ in range(20)]
     state = jaxbn.population(batches, variance=variance)
     mean, var = oracle(batches, variance)
@@ -125,7 +125,7 @@ def test_a_large_mean(rng, variance):
     ("dtype", "kept", "tolerance"),
     [("bfloat16", "float32", 1e-6), ("complex64", "complex64", 1e-6)],
 )
-def test_dtypes(rng, dtype, kept, tolerance):
+def test_population_dtypes_are_at_least_float32(rng, dtype, kept, tolerance):
     batches = [jnp.asarray(x, dtype) for x in draw(rng, (8, 5))]
     if dtype == "complex64":
         batches = [x + 1j * x[::-1] ** 2 for x in batches]
@@ -135,7 +135,7 @@ def test_dtypes(rng, dtype, kept, tolerance):
 
 
 @pytest.mark.usefixtures("x64")
-def test_float64(rng):
+def test_float64_batches_give_float64_statistics(rng):
     batches = [x.astype(np.float64) + 1e3 for x in draw(rng, (8, 5))]
     state = jaxbn.population([batches[0].astype(np.float32), *batches[1:]])
     assert (state.mean.dtype, state.var.dtype) == ("float64", "float64")
@@ -144,7 +144,7 @@ def test_float64(rng):
 
 
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
-def test_sharded_batches(rng, kind):
+def test_population_accepts_sharded_batches(rng, kind):
     mesh = Mesh(np.array(jax.devices()), "data", axis_types=(kind,))
     batches = draw(rng, (16, 16, 8))
     spread = jax.device_put(batches, NamedSharding(mesh, P("data")))
@@ -152,7 +152,7 @@ def test_sharded_batches(rng, kind):
     assert_stats(state[:2], oracle(batches, "total"), 1e-6)
 
 
-def test_inference_by_it_is_inference_by_the_whole_data(rng):
+def test_inference_with_population_standardizes_the_data(rng):
     batches = draw(rng)
     params, _ = jaxbn.init(C)
     state = jaxbn.population(batches, variance="total")
@@ -161,7 +161,7 @@ def test_inference_by_it_is_inference_by_the_whole_data(rng):
     np.testing.assert_allclose(y.var(0, ddof=1), 1, atol=2e-5)
 
 
-def test_a_bounded_number_of_batches_and_their_progress(rng):
+def test_max_batches_bounds_reads_and_progress(rng):
     """No batch more than asked is read, and a bar knows how many there will be."""
     batches, seen = draw(rng), []
 
@@ -178,7 +178,7 @@ def test_a_bounded_number_of_batches_and_their_progress(rng):
     assert seen == [2, 3, 5]
 
 
-def test_batches_are_read_one_at_a_time(rng):
+def test_population_holds_one_batch_at_a_time(rng):
     """A batch is dropped before the next but one is asked for."""
     import weakref
 
@@ -296,7 +296,7 @@ def assert_model(result, batches, variance="paper", tolerance=1e-5):
 
 @pytest.mark.parametrize("variance", VARIANCES)
 @pytest.mark.parametrize("name", MODELS)
-def test_each_batch_is_normalized_by_its_own_in_every_layer(rng, name, variance):
+def test_model_population_normalizes_each_batch_by_itself(rng, name, variance):
     """Neither the mode, nor momentum, nor the statistics that were there matter."""
     batches = draw(rng, (8, 8, 5))
     options = {"train": True, "momentum": 1.0} if "ours" in name else {}
@@ -305,14 +305,14 @@ def test_each_batch_is_normalized_by_its_own_in_every_layer(rng, name, variance)
 
 
 @pytest.mark.parametrize("run", FLAX)
-def test_a_large_mean_in_a_model(rng, run):
+def test_model_population_is_accurate_at_a_large_mean(rng, run):
     """Which Flax's own variance would miss: the pass computes as jaxbn does."""
     batches = draw(rng, (64, 64), loc=1e4)
     assert_model(run(batches, {}), batches, tolerance=1e-3)
 
 
 @pytest.mark.parametrize("run", FLAX)
-def test_sharded_batches_of_a_model(rng, run):
+def test_model_population_accepts_sharded_batches(rng, run):
     batches = draw(rng, (16, 16))
     mesh = Mesh(np.array(jax.devices()), "data")
     spread = jax.device_put(batches, NamedSharding(mesh, P("data")))
@@ -320,7 +320,7 @@ def test_sharded_batches_of_a_model(rng, run):
 
 
 @pytest.mark.parametrize("run", FLAX)
-def test_calls_bounds_and_progress(rng, run):
+def test_model_population_applies_call_max_batches_and_progress(rng, run):
     """Batches of any structure, each shape compiled once, in later calls as well."""
     batches, traced, bars = draw(rng, (8, 8, 8, 5)), [], []
 
@@ -413,7 +413,7 @@ def odd_nnx(norm, batches):
         (odd_nnx, jaxbn.nnx.BatchNorm),
     ],
 )
-def test_shared_masked_inherited_and_unreached_layers(rng, run, norm):
+def test_model_population_supports_shared_and_unreached_layers(rng, run, norm):
     """Each call is a batch; axis names that the training step mapped say nothing."""
     batches = draw(rng, (8, 8))
     masks = [rng.integers(0, 2, size=(len(x), 1)).astype(bool) for x in batches]
@@ -439,7 +439,7 @@ def test_shared_masked_inherited_and_unreached_layers(rng, run, norm):
 
 
 @pytest.mark.parametrize("variance", VARIANCES)
-def test_a_channel_that_no_mask_leaves_stays_as_it_was(rng, variance):
+def test_fully_masked_feature_keeps_its_statistics(rng, variance):
     mask, batches = np.array([True, False, True]), draw(rng, (8, 8))
     model = linen.BatchNorm(use_running_average=True)
     variables = variables_of(model, batches[0])
@@ -456,7 +456,7 @@ def test_a_channel_that_no_mask_leaves_stays_as_it_was(rng, variance):
         np.testing.assert_allclose(new["batch_stats"][name], want, rtol=1e-5)
 
 
-def test_layers_that_count_batches_hold_their_number(rng):
+def test_model_population_sets_the_batch_count(rng):
     """So that training with `momentum=None` goes on from an average of so many."""
     batches = draw(rng, (8, 8, 8))
     model = jaxbn.linen.BatchNorm(momentum=None)
@@ -469,7 +469,7 @@ def test_layers_that_count_batches_hold_their_number(rng):
 
 
 @pytest.mark.parametrize("kind", [dict, FrozenDict])
-def test_containers_collections_dtypes_and_places_stay(rng, kind):
+def test_linen_population_keeps_containers_dtypes_and_shardings(rng, kind):
     batches = draw(rng, (8, 8))
     model = jaxbn.linen.BatchNorm(
         True, param_dtype=jnp.bfloat16, force_float32_reductions=False
@@ -556,7 +556,7 @@ NORMS = itertools.cycle((linen.BatchNorm, jaxbn.linen.BatchNorm))
 
 
 @pytest.mark.parametrize(("lift", "norm"), list(zip(LIFTS, NORMS, strict=False)))
-def test_lifted_transformations(lift, norm, rng):
+def test_linen_population_supports_lifted_transformations(lift, norm, rng):
     norm = partial(norm, axis_name="batch" if lift == "vmap sync" else "data")
     shape = (3, 8, C) if "vmap" in lift else (8, C)
     batches = [rng.normal(size=shape).astype(np.float32) for _ in range(2)]
@@ -586,7 +586,7 @@ class Compiled(linen.Module):
         return linen.BatchNorm(use_running_average=False)(x)
 
 
-def test_compiled_classes_are_traced_anew_in_the_pass_and_after_it(rng):
+def test_linen_population_retraces_compiled_classes(rng):
     (x,) = draw(rng, (8,))
     model = Compiled()
     variables = variables_of(model, x)
@@ -598,13 +598,13 @@ def test_compiled_classes_are_traced_anew_in_the_pass_and_after_it(rng):
     assert_same(step(variables, x), before, 0)
 
 
-def test_inside_replace_batch_norm(rng):
+def test_linen_population_works_inside_replace_batch_norm(rng):
     batches = draw(rng, (8, 8))
     with jaxbn.linen.replace_batch_norm():
         assert_model(run_linen(linen.BatchNorm, batches, {}), batches)
 
 
-def test_fields_that_cannot_be_hashed(rng):
+def test_linen_population_supports_unhashable_fields(rng):
     class Weighted(linen.Module):
         weights: Any
 
@@ -645,7 +645,7 @@ class Stack(nnx.Module):
     ("lift", "norm"),
     [("scan", nnx.BatchNorm), ("vmap", jaxbn.nnx.BatchNorm), ("jit", nnx.BatchNorm)],
 )
-def test_nnx_transformations(lift, norm, rng):
+def test_nnx_population_supports_transformations(lift, norm, rng):
     batches, model = draw(rng, (8, 8)), Stack(norm, lift)
     jaxbn.nnx.population(model, batches)
     sets = [batches] * 3
@@ -661,7 +661,7 @@ def test_nnx_transformations(lift, norm, rng):
     assert_stats((model.norm.mean[...], model.norm.var[...]), expected, 1e-5)
 
 
-def test_lists_of_modules_and_dropout_are_left_as_they_are(rng):
+def test_nnx_population_keeps_lists_and_dropout_unchanged(rng):
     batches = draw(rng, (8, 8))
     norm = nnx.BatchNorm(C, rngs=nnx.Rngs(0))
     models = [norm, nnx.Dropout(0.5, rngs=nnx.Rngs(1)), norm]
@@ -671,7 +671,7 @@ def test_lists_of_modules_and_dropout_are_left_as_they_are(rng):
 
 
 @pytest.mark.usefixtures("x64")
-def test_wide_batches_keep_the_dtype_of_the_statistics(rng):
+def test_float64_batches_keep_the_dtype_of_linen_statistics(rng):
     """A scan that carries the statistics must find their dtypes again."""
     batches = draw(rng, (8, 8), dtype=np.float64)
     model = LIFTS["scan carry"](Block)(linen.BatchNorm)
@@ -680,7 +680,7 @@ def test_wide_batches_keep_the_dtype_of_the_statistics(rng):
     assert {a.dtype for a in jax.tree.leaves(new)} == {jnp.dtype("float32")}
 
 
-def test_complex_batches(rng):
+def test_model_population_supports_complex_batches(rng):
     batches = [x + 1j * x[::-1] ** 2 for x in draw(rng, (8, 8))]
     expected = oracle(batches, "total")
     model = jaxbn.linen.BatchNorm(True)
@@ -697,7 +697,7 @@ def test_complex_batches(rng):
 # Use.
 
 
-def test_averaged_weights(rng):
+def test_linen_population_of_averaged_weights_matches_oracle(rng):
     """Of an average by optax, the statistics are those of the averaged network."""
     batches = draw(rng, (8, 8, 5))
     model, variables = linen_model(linen.BatchNorm)
@@ -776,17 +776,17 @@ def refuse_nnx(batches, options, error, match):
 
 @pytest.mark.parametrize("refuse", [refuse_core, refuse_linen, refuse_nnx])
 @pytest.mark.parametrize("case", BATCHES)
-def test_bad_input(refuse, case):
+def test_population_rejects_bad_input_and_keeps_the_model(refuse, case):
     refuse(*BATCHES[case])
 
 
 @pytest.mark.parametrize("refuse", [refuse_core, refuse_linen, refuse_nnx])
-def test_batches_with_other_features(refuse):
+def test_population_rejects_batches_with_other_features(refuse):
     message = r"same features, here \(3,\); got a batch with \(4,\)\. Pass axis="
     refuse([X, MORE], {}, ValueError, message)
 
 
-def test_integers_and_channels_without_a_row():
+def test_population_rejects_integers_and_empty_features():
     refuse_core(
         [X.astype(int)], {}, TypeError, "x must be floating or complex; got int"
     )
@@ -796,7 +796,7 @@ def test_integers_and_channels_without_a_row():
     refuse_core([X[:0]], {}, ValueError, "got none in 3 of 3")
 
 
-def test_an_error_names_the_layer(rng):
+def test_population_error_names_the_layer(rng):
     model, variables = linen_model(linen.BatchNorm)
     with pytest.raises(ValueError, match="channels of layer 'first_norm'"):
         jaxbn.linen.population(model, variables, [X, NAN])
@@ -807,14 +807,14 @@ def test_an_error_names_the_layer(rng):
     assert_same(nnx.to_pure_dict(nnx.state(model)), before, 0)
 
 
-def test_models_without_batch_norm():
+def test_population_rejects_models_without_batch_norm():
     with pytest.raises(ValueError, match="batch_stats of a batch norm layer; got none"):
         jaxbn.linen.population(linen.Dense(2), {"params": {}}, [X])
     with pytest.raises(ValueError, match="a model with a batch norm layer; got none"):
         jaxbn.nnx.population(nnx.Linear(C, 2, rngs=nnx.Rngs(0)), [X])
 
 
-def test_layers_that_no_batch_reaches():
+def test_population_rejects_models_with_only_unreached_layers():
     match = "a batch norm layer that the batches reach; got none"
     model = linen.BatchNorm(use_running_average=True)
     variables = variables_of(model, X)
@@ -825,7 +825,7 @@ def test_layers_that_no_batch_reaches():
         jaxbn.nnx.population(layer, [X], call=lambda model, x: x)
 
 
-def test_errors_of_the_stream_and_of_the_model_pass_through():
+def test_errors_of_batches_and_model_propagate():
     def stream():
         yield X
         raise KeyError("broken file")

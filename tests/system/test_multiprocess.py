@@ -98,7 +98,9 @@ def example(monkeypatch) -> Any:
 @pytest.mark.parametrize(
     ("killed_after", "resumed"), [(6, "Resuming from step 4."), (2, None)]
 )
-def test_killed_worker_changes_nothing(killed_after, resumed, undisturbed, tmp_path):
+def test_killed_worker_does_not_change_the_result(
+    killed_after, resumed, undisturbed, tmp_path
+):
     """Killed before its first checkpoint, the run starts anew."""
     done = run(tmp_path, f"--kill-after={killed_after}")
     assert done.returncode == 0, done.stderr
@@ -154,7 +156,7 @@ with ocp.CheckpointManager(directory) as manager:
 """
 
 
-def test_whichever_file_is_truncated_no_wrong_state_is_restored(tmp_path):
+def test_restore_returns_no_wrong_state_from_truncated_files(tmp_path):
     done = subprocess.run(
         [sys.executable, "-c", TRUNCATE_EACH, tmp_path],
         cwd=EXAMPLES,
@@ -193,7 +195,7 @@ def test_uneven_last_batches_are_masked_not_dropped(example, undisturbed):
         np.testing.assert_allclose(undisturbed[name], np.asarray(a), **close)
 
 
-def test_each_epoch_has_each_row_once(example):
+def test_epoch_contains_each_row_once(example):
     rows, steps_per_epoch, orders = np.arange(50), 7, []
     for epoch in range(2):
         steps = range(epoch * steps_per_epoch, (epoch + 1) * steps_per_epoch)
@@ -223,7 +225,7 @@ launch(lambda attempt: [[*worker, *sys.argv[2:]]] * 2, restarts=0)
 """
 
 
-def test_launcher_gives_up():
+def test_launcher_gives_up_after_its_restarts():
     """Whatever is tried, one worker fails, and the others would wait for it."""
     fails = 'import sys, time; "1" in sys.argv and sys.exit(3); time.sleep(600)'
     launcher = f"""
@@ -242,7 +244,7 @@ launch(lambda attempt: [[*worker, str(i)] for i in range(3)], restarts=2)
 
 
 @pytest.mark.parametrize("end", ["SIGINT", "SIGTERM", "SIGTERM deaf", "SIGKILL deaf"])
-def test_no_worker_outlives_its_launcher(end, tmp_path):
+def test_workers_end_with_their_launcher(end, tmp_path):
     name, *deaf = end.split()
     start = [sys.executable, "-c", LAUNCHER, WORKER, str(tmp_path), *deaf]
     with subprocess.Popen(start, cwd=EXAMPLES, stderr=subprocess.DEVNULL) as launcher:
