@@ -1,4 +1,4 @@
-"""One battery: y, state and all gradients against the float64 oracle."""
+"""Compare y, state and all gradients with the float64 oracle."""
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +24,7 @@ AXES = [
     ((1, 6), -1),
 ]
 MASKS = {
-    "bool rows": lambda rng: rng.random((6, 1, 1)) < 0.6,
+    "bool batch": lambda rng: rng.random((6, 1, 1)) < 0.6,
     "int positions": lambda rng: rng.integers(0, 3, size=(6, 5, 1)),
     "uint8 features": lambda rng: rng.integers(0, 2, (6, 5, 3)).astype(np.uint8),
     "float weights": lambda rng: rng.uniform(0.2, 2.0, size=(5, 1)),
@@ -62,13 +62,13 @@ def test_inference_matches_oracle_for_any_feature_axes(shape, axis, rng):
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("train", [True, False])
-@pytest.mark.parametrize("how", RUNS)
-def test_dtypes_match_oracle(dtype, train, how, rng, x64):
+@pytest.mark.parametrize("transform", RUNS)
+def test_dtypes_match_oracle(dtype, train, transform, rng, x64):
     case = rounded(random_case(rng, (32, 4, 5)), dtype)
-    actual = run(case, train, RUNS[how])
+    actual = run(case, train, RUNS[transform])
     assert actual.y.dtype == actual.dx.dtype == dtype
-    wide = np.float64 if dtype == "float64" else np.float32
-    assert {np.dtype(a.dtype) for a in actual[1:3] + actual[4:8]} == {np.dtype(wide)}
+    vector_dtype = "float64" if dtype == "float64" else "float32"
+    assert {str(a.dtype) for a in actual[1:3] + actual[4:8]} == {vector_dtype}
     expected = train_step(case) if train else inference(case)
     assert_close(actual, expected, TOLERANCE[dtype])
 
@@ -90,10 +90,10 @@ def test_options_match_oracle(options, rng):
     assert_close(run(case, **options), expected, TOLERANCE["float32"])
 
 
-@pytest.mark.parametrize("rows", [1, 2, 3, 32_769])
+@pytest.mark.parametrize("n", [1, 2, 3, 32_769])
 @pytest.mark.parametrize("features", [1, 3])
-def test_odd_shapes_match_oracle(rows, features, rng):
-    case = rounded(random_case(rng, (rows, features)), "float32")
+def test_odd_shapes_match_oracle(n, features, rng):
+    case = rounded(random_case(rng, (n, features)), "float32")
     assert_close(run(case), train_step(case), 2e-5)
 
 
@@ -179,7 +179,7 @@ def test_batch_norm_works_without_scale_or_bias(
 
 
 def test_wider_variables_are_not_rounded(rng, x64):
-    """Float64 statistics are not rounded to float32 on the way to y."""
+    """Inference subtracts a float64 mean from float32 x without rounding it."""
     params, state = jaxbn.init(3, param_dtype=jnp.float64)
     assert {a.dtype for a in (*params, *state[:2]) if a is not None} == {
         jnp.dtype("f8")
@@ -196,7 +196,7 @@ def test_wider_variables_are_not_rounded(rng, x64):
 
 
 def test_bfloat16_gradient_is_rounded_once(rng):
-    """The pieces of dx are added in float32: half a bfloat16 ulp off at the most."""
+    """The terms of dx are added in float32, so the error is half an ulp at most."""
     case = rounded(random_case(rng, (64, 8)), "bfloat16")
     dx = np.asarray(run(case).dx, np.float64)
     exact = train_step(case).dx

@@ -1,4 +1,4 @@
-"""Each complaint: the rule, what came, what to do; at trace time."""
+"""Test that each error states the rule, the wrong value and a remedy, at trace time."""
 
 import jax
 import jax.numpy as jnp

@@ -1,7 +1,8 @@
-"""Each platform's form of the sums: all are plain JAX, so all run here."""
+"""Run the form of the sums for each platform; each is plain JAX and runs anywhere."""
 
 import re
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -22,12 +23,12 @@ MASKS = {
 
 @pytest.fixture(params=FORMS)
 def form(request, monkeypatch):
-    """Run one platform's form whatever the platform and the size of x."""
+    """Run the form of one platform for any platform and size of x."""
 
     def choose(*arrays, **forms):
         return forms.get(request.param, forms["default"])(*arrays)
 
-    jax.clear_caches()  # jit would not know of the change
+    jax.clear_caches()  # jit does not see the change
     monkeypatch.setattr(reductions, "_on_platform", choose)
     yield request.param
     jax.clear_caches()
@@ -58,7 +59,7 @@ def test_sums_match_oracle_with_masks(form, mask, loc, rng):
 
 
 def test_far_feature_leaves_near_features_accurate(form, rng):
-    """Chosen for all channels at once: the near may not suffer from the far one."""
+    """One form is chosen for all features at once and must suit each of them."""
     case = random_case(rng, (512, 4))
     case = rounded(case._replace(x=case.x + np.array([0, 0, 1e4, 0])), "float32")
     actual, expected = run(case), train_step(case)
@@ -70,7 +71,7 @@ def test_far_feature_leaves_near_features_accurate(form, rng):
 
 
 def test_variance_is_accurate_at_4_deviations(form, rng):
-    """At |μ| = 4σ, where a CPU just takes sums about 0, the variance has 6 digits."""
+    """At |μ| = 4σ, the limit for sums about 0 on a CPU, the variance has 6 digits."""
     x = (rng.normal(size=(20_000, 3)) + 3.99).astype(np.float32)
     _, state = jaxbn.batch_norm(*jaxbn.init(3), x, True, momentum=0.0)
     exact = x.astype(np.float64).var(0, ddof=1)
@@ -98,7 +99,7 @@ def test_very_small_and_very_large_values_stay_finite(form, size, rng):
 
 
 def test_vmap_matches_single_calls_near_and_far(form, rng):
-    """Batched, the condition becomes a choice between both results."""
+    """Under vmap the conditional becomes a selection between both results."""
     cases = [random_case(rng, (32, 4), loc=loc) for loc in (0.0, 80.0)]
     xs = np.stack([case.x for case in cases]).astype(np.float32)
     params, state = jaxbn.init(4)
@@ -109,15 +110,13 @@ def test_vmap_matches_single_calls_near_and_far(form, rng):
 
     together = jax.vmap(jax.value_and_grad(loss))(xs)
     alone = [jax.value_and_grad(loss)(x) for x in xs]
-    for got, *want in zip(
-        jax.tree.leaves(together), *map(jax.tree.leaves, alone), strict=True
-    ):
-        np.testing.assert_allclose(got, np.stack(want), rtol=2e-4, atol=1e-5)
+    expected = jax.tree.map(lambda *leaves: np.stack(leaves), *alone)
+    chex.assert_trees_all_close(together, expected, rtol=2e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("wrap", [jax.checkpoint, jax.jit], ids=["remat", "jit"])
 def test_hessian_vector_product_matches_plain_autodiff(form, wrap, rng, x64):
-    """Closed form and plain autodiff agree to second order."""
+    """The closed form and plain autodiff agree to second order."""
     params, state = jaxbn.init(2, param_dtype=jnp.float64)
     x, v = rng.normal(size=(2, 7, 2))
 
@@ -133,7 +132,7 @@ def test_hessian_vector_product_matches_plain_autodiff(form, wrap, rng, x64):
 
 
 def lowered(platform, shape, dtype=jnp.float32):
-    """The program that a training step becomes on a platform, before XLA's passes."""
+    """Return the program of a training step on a platform, before XLA's passes."""
     params, state = jaxbn.init(shape[-1])
 
     def loss(params, x):
@@ -153,17 +152,15 @@ def test_accelerator_programs_contain_no_cpu_form(platform):
     assert ("complex" in program) == (platform == "cuda")
 
 
-@pytest.mark.parametrize(("rows", "conditionals"), [(128, 0), (4096, 2)])
-def test_cpu_program_has_one_conditional_per_direction_if_x_is_large(
-    rows, conditionals
-):
-    program = lowered("cpu", (rows, 64))
+@pytest.mark.parametrize(("n", "conditionals"), [(128, 0), (4096, 2)])
+def test_cpu_program_has_one_conditional_per_direction_if_x_is_large(n, conditionals):
+    program = lowered("cpu", (n, 64))
     assert program.count(f"dense<{reductions.NEAR_ZERO:.6e}>") == conditionals
     assert "complex" not in program
 
 
 def test_sums_do_not_materialize_a_cast_of_x():
-    """Casts of bfloat16 stay inside the sums on a CPU: it writes y and dx alone."""
+    """Casts of bfloat16 stay inside the sums on a CPU, which writes only y and dx."""
     shape = (64, 16, 16, 64)
     params, state = jaxbn.init(64)
     x = jnp.zeros(shape, jnp.bfloat16)

@@ -1,4 +1,4 @@
-"""Every order of derivative, and every transformation of JAX."""
+"""Test derivatives of each order and the transformations of JAX."""
 
 from typing import Any
 
@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import TOLERANCE, assert_close, rounded, run
+from helpers import TOLERANCE, assert_close, rounded, run, saved_residuals
 from jax.test_util import check_grads
 from oracle import random_case, train_step
 
@@ -18,7 +18,7 @@ MASK = np.array([1, 1, 0, 1, 0.5, 2, 1, 0])[:, None]
 
 
 def loss_of(case, **options) -> Any:
-    """A scalar that depends on all that batch_norm returns, in ways not linear."""
+    """Return a scalar function, nonlinear in every result of batch_norm."""
     dy, dmean, dvar = map(jnp.asarray, (case.dy, case.dmean, case.dvar))
 
     def loss(scale, bias, mean, var, x):
@@ -73,7 +73,7 @@ def test_hessian_vector_product_is_jvp_of_grad(small, rng):
 
 @pytest.mark.parametrize("autodiff", ["custom_vjp", "jax"])
 def test_hessian_is_exact_at_a_constant_feature(autodiff, small):
-    """The clip of m2 at 0 must not clip its curvature."""
+    """The clip of m2 at 0 does not clip its curvature."""
     _, state = jaxbn.init(2, param_dtype=jnp.float64)
     params = jaxbn.BatchNormParams(None, None)
 
@@ -105,7 +105,7 @@ def test_closed_form_rejects_forward_mode(small):
 @pytest.mark.parametrize("train", [True, False])
 @pytest.mark.parametrize("dtype", [jnp.complex64, jnp.complex128])
 def test_complex_input_has_one_real_variance(train, dtype, rng, x64):
-    """σ² = E|x - μ|²: real and imaginary part together."""
+    """σ² = E|x - μ|² adds the real and the imaginary part."""
     x = rng.normal(size=(20, 3)) + 1j * rng.normal(size=(20, 3)) + (2 - 1j)
     scale, bias = rng.normal(size=(2, 3)) + 1j * rng.normal(size=(2, 3))
     params = jaxbn.BatchNormParams(jnp.asarray(scale, dtype), jnp.asarray(bias, dtype))
@@ -196,11 +196,7 @@ def test_gradients_pass_through_control_flow_and_remat(wrap, small):
     loss, arguments = loss_of(small)
     expected = jax.grad(loss, range(5))(*arguments)
     actual = jax.grad(wrap(loss), range(5))(*arguments)
-    jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-12),
-        actual,
-        expected,
-    )
+    chex.assert_trees_all_close(actual, expected, rtol=1e-9, atol=1e-12)
 
 
 def test_remat_updates_the_running_statistics_once(rng):
@@ -258,7 +254,7 @@ def test_second_call_does_not_retrace(rng):
 
 
 def test_eager_calls_share_one_compilation(rng):
-    """Equal options given as other kinds (list, NumPy scalar) are the same program."""
+    """Equal options of another type (list, NumPy scalar) reuse the program."""
     jitted: Any = module._batch_norm
 
     params, state = jaxbn.init(3)
@@ -290,16 +286,16 @@ def test_batch_norm_works_without_jit(rng):
     assert_close(actual, train_step(case), TOLERANCE["float32"])
 
 
-# What the backward keeps
+# Residuals of the backward pass
 
 
-def bytes_kept(vjp):
-    """Sizes of the distinct arrays that a vjp closes over, by shape."""
-    leaves = {id(a): a for a in jax.tree.leaves(vjp)}
-    return [(a.shape, a.dtype, a.size) for a in leaves.values()]
+def large_residuals(function, params, x, size=8):
+    """Return shape and dtype of each saved array of more than `size` entries."""
+    saved = saved_residuals(function, params, x)
+    return [(a.shape, a.dtype) for a in saved if a.size > size]
 
 
-def chain(params, state, x, mask=None):
+def train(params, state, x, mask=None):
     return jaxbn.batch_norm(params, state, x, True, mask=mask)[0]
 
 
@@ -308,8 +304,7 @@ def chain(params, state, x, mask=None):
 def test_residuals_are_x_once_and_vectors(dtype, wrap, rng):
     params, state = jaxbn.init(8)
     x = jnp.asarray(rng.normal(size=(16, 4, 8)), dtype)
-    _, vjp = jax.vjp(lambda p, x: wrap(chain)(p, state, x), params, x)
-    large = [(shape, kind) for shape, kind, size in bytes_kept(vjp) if size > 8]
+    large = large_residuals(lambda p, x: wrap(train)(p, state, x), params, x)
     assert large == [(x.shape, x.dtype)]
 
 
@@ -317,9 +312,8 @@ def test_mask_residual_keeps_its_dtype(rng):
     params, state = jaxbn.init(8)
     x = jnp.asarray(rng.normal(size=(16, 4, 8)), jnp.bfloat16)
     mask = jnp.asarray(rng.random(x.shape) < 0.7)
-    _, vjp = jax.vjp(lambda p, x: chain(p, state, x, mask), params, x)
-    large = {(shape, kind) for shape, kind, size in bytes_kept(vjp) if size > 8}
-    assert large == {(x.shape, x.dtype), (x.shape, mask.dtype)}
+    large = large_residuals(lambda p, x: train(p, state, x, mask), params, x)
+    assert set(large) == {(x.shape, x.dtype), (x.shape, mask.dtype)}
 
 
 def test_scan_residuals_are_x_once_per_layer(rng):
@@ -328,10 +322,9 @@ def test_scan_residuals_are_x_once_per_layer(rng):
 
     def deep(params, x):
         def layer(x, _):
-            return chain(params, state, x), None
+            return train(params, state, x), None
 
         return jax.lax.scan(layer, x, None, length=5)[0]
 
-    _, vjp = jax.vjp(deep, params, x)
-    large = [(shape, kind) for shape, kind, size in bytes_kept(vjp) if size > 5 * 8]
+    large = large_residuals(deep, params, x, size=5 * 8)
     assert large == [((5, *x.shape), x.dtype)]

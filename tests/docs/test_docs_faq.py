@@ -1,4 +1,4 @@
-"""The pages "Choosing" and "Questions": their snippets run, their numbers are so."""
+"""Test the snippets and the numbers of the pages "Choosing" and "Questions"."""
 
 import importlib.util
 import inspect
@@ -14,8 +14,9 @@ import optax
 import pytest
 from flax import linen as nn
 from flax import nnx
+from helpers import saved_bytes
 from oracle import Case, train_step
-from pages import DOCS, run_page
+from pages import DOCS, code_blocks, run_page
 
 import jaxbn
 import jaxbn.linen
@@ -42,7 +43,7 @@ def float64(*arrays):
 
 
 def normalized(x, axis: Any = 0):
-    """By its own biased statistics."""
+    """Normalize x by its biased statistics over `axis`."""
     (x,) = float64(x)
     mean = x.mean(axis, keepdims=True)
     return (x - mean) / np.sqrt(x.var(axis, keepdims=True) + EPSILON)
@@ -63,7 +64,7 @@ def case(x, scale, bias, mean, var, dy):
 
 
 def train_network(x, target, kernel, *, steps=20, rate=0.01, unbiased=True):
-    """The page's network, dense, batch norm, ReLU and sum, in NumPy float64."""
+    """Train the network of the page (dense, batch norm, ReLU, sum) in float64."""
     features = kernel.shape[1]
     scale, bias = np.ones(features), np.zeros(features)
     mean, var, loss = np.zeros(features), np.ones(features), np.nan
@@ -106,7 +107,7 @@ def test_function_linen_and_nnx_match_oracle_training(choosing):
 
 
 def test_function_and_layer_variances_differ_by_32_over_31(choosing):
-    start = 0.9**20  # what is left of the initial 1
+    start = 0.9**20  # the remaining weight of the initial 1
     layer = choosing["variables"]["batch_stats"]["BatchNorm_0"]["var"] - start
     near((choosing["state"].var - start) / layer, 32 / 31)
     assert "32/31" in (DOCS / "choosing.md").read_text()
@@ -115,13 +116,7 @@ def test_function_and_layer_variances_differ_by_32_over_31(choosing):
 @pytest.mark.parametrize("name", ["function", "linen", "nnx"])
 def test_training_step_snippets_are_short(name):
     text = (DOCS / "choosing.md").read_text()
-    (block,) = (
-        block
-        for block in re.findall(
-            r"^```python\n(.*?)^```", text, re.DOTALL | re.MULTILINE
-        )
-        if f"{name}_loss" in block
-    )
+    (block,) = (block for block in code_blocks(text) if f"{name}_loss" in block)
     assert len([line for line in block.splitlines() if line]) <= 25
 
 
@@ -176,7 +171,7 @@ def test_converted_torch_layer_trains_by_the_torch_rule(choosing):
 
 
 def test_other_libraries_have_the_stated_defaults():
-    """Read in their source, so that none of them is imported."""
+    """The source is read, so that none of the libraries is imported."""
     keras = source_of("keras/src/layers/normalization/batch_normalization.py")
     assert "momentum=0.99,\n        epsilon=1e-3," in keras
     equinox = source_of("equinox/nn/_batch_norm.py")
@@ -220,15 +215,15 @@ def test_option_table_states_the_defaults():
 def test_momentum_table_matches_batch_norm(momentum, left, steps, batches):
     row = f"| {momentum} | {left} | {steps} | {batches} batches |"
     assert row in (DOCS / "choosing.md").read_text()
-    ones = jnp.ones((2, 1))  # of mean 1 and variance 0
+    ones = jnp.ones((2, 1))  # mean 1 and variance 0
 
-    def absorb(state, _):
+    def step(state, _):
         norm = jaxbn.batch_norm(
             jaxbn.init(1)[0], state, ones, train=True, momentum=momentum
         )
         return norm[1], norm[1].var[0]
 
-    _, weights = jax.lax.scan(absorb, jaxbn.init(1)[1], length=steps)
+    _, weights = jax.lax.scan(step, jaxbn.init(1)[1], length=steps)
     assert weights[-1] < 0.01 <= weights[-2]
     digits = len(left.split()[0].split(".")[-1]) if "." in left else 0
     assert round(100 * momentum**100, digits) == float(left.split()[0])
@@ -236,15 +231,15 @@ def test_momentum_table_matches_batch_norm(momentum, left, steps, batches):
 
 
 def test_running_mean_at_momentum_0_9_averages_19_batches():
-    """Its weights, each of one batch in 400: their squares sum up to 1/19."""
+    """The squares of the weights of 400 batches sum to 1/19."""
     params, state = jaxbn.init(400)
 
-    def absorb(state, rows):
-        new = jaxbn.batch_norm(params, state, rows, train=True, momentum=0.9)[1]
+    def step(state, batch):
+        new = jaxbn.batch_norm(params, state, batch, train=True, momentum=0.9)[1]
         return new, None
 
     each = jnp.eye(400)[:, None] * jnp.ones((1, 2, 1))
-    state, _ = jax.lax.scan(absorb, state, each)
+    state, _ = jax.lax.scan(step, state, each)
     near(1 / (float64(state.mean)[0] ** 2).sum(), 19)
 
 
@@ -306,7 +301,7 @@ def test_dropped_state_keeps_count_0(faq):
 
 
 def test_population_repairs_the_statistics_of_a_short_run(rng):
-    """The experiment: a short run at 0.99 is repaired by them."""
+    """The page uses this to tell bad statistics from bad weights."""
     x = jnp.asarray(3 + 2 * rng.normal(size=(32, 4)), jnp.float32)
     model: Any = jaxbn.linen.BatchNorm(use_running_average=True)
     variables = model.init(jax.random.key(0), x)
@@ -359,9 +354,9 @@ def test_gradients_of_tiny_batches_are_finite(faq):
 def test_micro_batches_update_the_statistics_k_times(faq):
     (x,) = float64(faq["x"])
     keep, mean, var = 0.9 ** (1 / 4), np.zeros(4), np.ones(4)
-    for rows in x.reshape(4, 8, 4):
-        mean = keep * mean + (1 - keep) * rows.mean(0)
-        var = keep * var + (1 - keep) * rows.var(0, ddof=1)
+    for micro_batch in x.reshape(4, 8, 4):
+        mean = keep * mean + (1 - keep) * micro_batch.mean(0)
+        var = keep * var + (1 - keep) * micro_batch.var(0, ddof=1)
     near(faq["accumulated"].mean, mean)
     near(faq["accumulated"].var, var)
     near(faq["own_y"], normalized(x.reshape(4, 8, 4), 1))
@@ -554,7 +549,7 @@ def test_squares_beyond_float32_give_zero_output(faq):
 
 
 def energy_gradient(x):
-    """Of the page's energy, Σ tanh(y)²."""
+    """Return the gradient of the energy of the page, Σ tanh(y)²."""
     zeros, ones = np.zeros(x.shape[1]), np.ones(x.shape[1])
     y = normalized(x)
     dy = 2 * np.tanh(y) * (1 - np.tanh(y) ** 2)
@@ -562,7 +557,7 @@ def energy_gradient(x):
 
 
 def difference(function, x, v, step=1e-5):
-    """The derivative of `function` at x along v."""
+    """Return the derivative of `function` at x along v by central differences."""
     x, v = float64(x, v)
     return (function(x + step * v) - function(x - step * v)) / (2 * step)
 
@@ -585,13 +580,8 @@ def test_forward_mode_needs_plain_autodiff_and_more_memory(faq):
 
     with pytest.raises(TypeError, match="can't apply forward-mode"):
         jax.jvp(refused, (faq["x"],), (faq["v"],))
-    kept = [kept_bytes(f, faq["x"]) for f in (faq["forward"], refused)]
-    assert kept[0] > kept[1]
-
-
-def kept_bytes(function, x):
-    _, backward = jax.vjp(function, x)
-    return sum({id(a): a.nbytes for a in jax.tree.leaves(backward)}.values())
+    plain, closed = (saved_bytes(f, faq["x"]) for f in (faq["forward"], refused))
+    assert plain > closed
 
 
 def test_bias_before_has_no_gradient_and_norms_no_decay(faq):
@@ -682,7 +672,7 @@ def test_tables_have_at_most_four_columns_and_links_resolve(page):
 
 
 def slugs(text):
-    """The anchors of a page's headings, as MkDocs makes them."""
+    """Return the anchors that MkDocs makes of the headings of a page."""
     headings = re.findall(r"^#+ (.+)$", text, re.MULTILINE)
     plain = (re.sub(r"[^\w\s-]", "", h.replace("`", "")).lower() for h in headings)
     return {re.sub(r"[\s-]+", "-", h.strip()) for h in plain}

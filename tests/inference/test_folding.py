@@ -1,8 +1,9 @@
-"""Inference as an affine map, folded into layers and into models."""
+"""Test inference as an affine map and its folding into layers and models."""
 
 from itertools import cycle
 from typing import Any, NamedTuple
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,6 +11,7 @@ import pytest
 from flax import linen as nn
 from flax import nnx
 from flax_helpers import assert_same, randomize
+from helpers import assert_near
 from jax import lax
 from jax.test_util import check_grads
 
@@ -18,42 +20,29 @@ from jaxbn import BatchNormParams, BatchNormState
 from jaxbn.linen import skip_folded
 
 EPSILON = 1e-3
-BIAS = (False, True)  # by turns: each test compiles its layer
+BIAS = (False, True)  # alternated, because each test compiles its layer
 
 
 def batch_norm_variables(rng, features, dtype: Any = np.float64):
-    """Random, with negative scales among them."""
+    """Draw random variables with positive and negative scales."""
     scale, bias, mean = rng.normal(size=(3, *features)).astype(dtype)
     var = rng.uniform(0.1, 3.0, size=features).astype(dtype)
     return BatchNormParams(scale, bias), BatchNormState(mean, var, jnp.int32(7))
 
 
 def normalized(y, params, state):
-    """The oracle: inference of the features last in y, in NumPy float64."""
+    """Return the inference of y, with features last, in NumPy float64."""
     y, mean, var = (np.asarray(a, np.float64) for a in (y, state.mean, state.var))
     scale = 1 if params.scale is None else np.asarray(params.scale, np.float64)
     bias = 0 if params.bias is None else np.asarray(params.bias, np.float64)
     return scale * (y - mean) / np.sqrt(var + EPSILON) + bias
 
 
-def assert_alike(tree, other):
-    """The same structure, shapes and dtypes."""
-    shapes = [jax.tree.map(lambda a: (a.shape, a.dtype), t) for t in (tree, other)]
-    assert shapes[0] == shapes[1]
-
-
-def assert_near(actual, expected, tolerance=1e-5):
-    actual, expected = (np.asarray(a, np.float64) for a in (actual, expected))
-    assert actual.shape == expected.shape
-    size = np.abs(expected).max()
-    np.testing.assert_allclose(actual, expected, rtol=0, atol=tolerance * size)
-
-
 # The function.
 
 
 class Layer(NamedTuple):
-    """A linear layer of plain JAX: x's shape, the kernel's, and where it has C = 4."""
+    """Describe a linear layer of plain JAX; `axis` is where the kernel has C = 4."""
 
     apply: Any
     x: tuple[int, ...]
@@ -126,7 +115,7 @@ def test_folded_layer_includes_the_batch_norm(name, rng):
 
 @pytest.mark.usefixtures("x64")
 def test_fold_keeps_the_shape_of_a_bias_per_position(rng):
-    """That of Flax's ConvLocal, and of DenseGeneral with batch dimensions."""
+    """ConvLocal and DenseGeneral with batch dimensions have such a bias."""
     params, state = batch_norm_variables(rng, (4,))
     bias = rng.normal(size=(5, 6, 4))
     _, folded = jaxbn.fold(np.ones((3, 4)), bias, params, state, epsilon=EPSILON)
@@ -208,11 +197,11 @@ def test_fold_is_differentiable_and_supports_vmap(rng):
     np.testing.assert_allclose(both, loss(kernel, params), rtol=1e-12)
 
 
-# What cannot be folded.
+# Errors.
 
 
 def fold_with(kernel=(3, 4), bias=None, features=(4,), axis: Any = -1, **changes):
-    """A call of `fold` with one thing wrong."""
+    """Call `fold` with one wrong argument."""
     rng = np.random.default_rng(0)
     params, state = batch_norm_variables(rng, features, np.float32)
     for name, value in changes.items():
@@ -253,7 +242,7 @@ def test_inference_affine_rejects_wrong_arguments(rng):
     damaged = state._replace(var=-state.var)
     with pytest.raises(ValueError, match="running variance must not be negative"):
         jaxbn.inference_affine(params, damaged)
-    jax.jit(jaxbn.inference_affine)(params, damaged)  # traced: not seen
+    jax.jit(jaxbn.inference_affine)(params, damaged)  # traced values are not checked
 
 
 # linen.
@@ -274,7 +263,7 @@ LINEN = {
         nn.ConvTranspose(4, (3, 3), (2, 2), transpose_kernel=True), (2, 3, 3, 3), -2
     ),
 }  # fmt: skip
-# Their own bias has more axes than the norm's features.
+# The bias of these layers has more axes than the features of the norm.
 WIDE_BIAS = {"DenseGeneral", "DenseGeneral, batched", "ConvLocal"}
 LINEN_NORMS = (nn.BatchNorm, jaxbn.linen.BatchNorm)
 
@@ -298,7 +287,7 @@ def test_linen_fold_supports_each_layer(name, use_bias, rng):
     layer, shape, axis = LINEN[name]
     layer = layer.clone(use_bias=use_bias, parent=None)
     x = jnp.asarray(rng.normal(size=shape), jnp.float32)
-    norm = LINEN_NORMS[use_bias]  # each of them
+    norm = LINEN_NORMS[use_bias]  # alternated too
     model = Unfolded(layer, norm)
     variables = random_variables(rng, model, x)
     expected = jax.jit(model.apply)(variables, x)
@@ -316,7 +305,7 @@ def test_linen_fold_supports_each_layer(name, use_bias, rng):
 
 
 class Block(nn.Module):
-    """Layers as models have them: nested, after an activation, in a residual block."""
+    """Nest layers as models do: after an activation and in a residual block."""
 
     dtype: Any = None
 
@@ -345,7 +334,7 @@ PAIRS = {
 
 @pytest.fixture
 def net(rng, standard_promotion):
-    """A trained linen model: variables and input."""
+    """Return variables and an input of a linen model."""
     x = jnp.asarray(rng.normal(size=(2, 5, 5, 3)), jnp.float32)
     return random_variables(rng, Net(), x), x
 
@@ -369,8 +358,9 @@ def test_linen_fold_takes_paths_of_nested_layers(net):
     expected = apply(variables, x)
     with skip_folded():
         assert_near(apply(folded, x), expected)
-        assert_same(apply(variables, x), expected, 1e-6)  # unfolded ones as ever
-        assert_alike(jax.eval_shape(Net().init, jax.random.key(0), x), before)
+        assert_same(apply(variables, x), expected, 1e-6)  # unfolded norms still apply
+        initial = jax.eval_shape(Net().init, jax.random.key(0), x)
+        chex.assert_trees_all_equal_shapes_and_dtypes(initial, before)
 
 
 def test_folded_linen_model_fails_outside_skip_folded(net):
@@ -398,7 +388,7 @@ def test_folded_bfloat16_layer_matches_the_model(net):
 
 
 class Scaled(nn.BatchNorm):
-    """Somebody's own layer, on top of Flax's."""
+    """Extend the layer of Flax, as user code may."""
 
     @nn.compact
     def __call__(self, x, use_running_average=None, *, mask=None):
@@ -520,13 +510,13 @@ def test_nnx_fold_supports_each_layer(name, use_bias, rng):
     assert_same(nnx.to_pure_dict(nnx.state(model)), before, 0)
     assert_same(apply(model), expected, 0)
     with_bias = nnx.eval_shape(lambda: build(True)).layers[0]
-    assert_alike(
+    chex.assert_trees_all_equal_shapes_and_dtypes(
         *(nnx.to_pure_dict(nnx.state(m)) for m in (folded.layers[0], with_bias))
     )
 
 
 class Residual(nnx.Module):
-    """A block that is no Sequential, with one that is inside."""
+    """Hold layers as attributes and others in a Sequential."""
 
     def __init__(self, rngs: nnx.Rngs):
         self.conv = nnx.Conv(3, 3, (3, 3), use_bias=False, rngs=rngs)
@@ -541,7 +531,7 @@ class Residual(nnx.Module):
 
 
 class Tower(nnx.Module):
-    """Blocks in a list, of which two are one."""
+    """Hold blocks in a list, one of them twice."""
 
     def __init__(self, rngs: nnx.Rngs):
         self.blocks = nnx.List([Residual(rngs), Residual(rngs)])
@@ -581,14 +571,14 @@ def test_nnx_fold_takes_sequentials_and_paths(tower):
         "heads.main.0": "heads.main.1",
     }
     folded = jaxbn.nnx.fold(half, pairs)
-    assert norms_in(folded) == 2  # those before a layer
+    assert norms_in(folded) == 2  # the norms that precede a layer
     assert_near(apply(folded), expected)
     assert_near(apply(nnx.view(folded, use_running_average=True)), expected)
     assert_same(apply(model), expected, 0)
 
 
 class Held(nnx.Module):
-    """A layer with which it does more than what its Sequential shows."""
+    """Call the layers of a Sequential again by other attributes."""
 
     def __init__(self, rngs: nnx.Rngs):
         self.linear, self.norm = (

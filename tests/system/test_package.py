@@ -1,11 +1,10 @@
-"""What the package is made of and promises as a whole."""
+"""Test the imports, the requirements and the public names of the package."""
 
-import subprocess
-import sys
 from importlib.metadata import requires, version
 from types import ModuleType
 
 import pytest
+from helpers import run_script
 
 import jaxbn
 
@@ -22,12 +21,8 @@ print(sorted(after & {{"flax", "optax", "chex", "beartype", "matplotlib"}}))
     ("also", "found"), [("", "[]"), (", optax", "['optax']"), (".linen", "'flax'")]
 )
 def test_core_imports_neither_flax_nor_optax(also, found):
-    """The other rows test the test: it would see an import."""
-    script = LIST_IMPORTS.format(also=also)
-    run = subprocess.run(
-        [sys.executable, "-c", script], capture_output=True, text=True, check=True
-    )
-    assert found in run.stdout
+    """The other parameters test that the script detects an import."""
+    assert found in run_script(LIST_IMPORTS.format(also=also))
 
 
 def test_core_requires_only_jax_and_jaxtyping():
@@ -50,10 +45,7 @@ try:
 except ModuleNotFoundError as error:
     print(error)
 """
-    run = subprocess.run(
-        [sys.executable, "-c", script], capture_output=True, text=True, check=True
-    )
-    assert "flax" in run.stdout
+    assert "flax" in run_script(script)
 
 
 def test_unknown_name_raises_attribute_error():
