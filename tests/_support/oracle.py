@@ -82,7 +82,7 @@ def train_step(
         w = np.broadcast_to(np.asarray(mask, np.float64), case.x.shape)
     x, w, dy = (flatten_elements(a, axis) for a in (case.x, w, case.dy))
     n = w.sum(0)
-    some, enough = n > 0, n > 1
+    some, updates = n > 0, n > (1 if unbiased else 0)
     m = np.where(some, n, 1)
 
     # Forward, Algorithm 1.
@@ -92,9 +92,9 @@ def train_step(
     x_hat = (x - mu) * inv_std
     y = case.scale * x_hat + case.bias
     keep = case.batches / (case.batches + 1) if momentum is None else momentum
-    bessel = n / np.where(enough, n - 1, 1) if unbiased else np.ones_like(n)
-    mean = np.where(enough, keep * case.mean + (1 - keep) * mu, case.mean)
-    var = np.where(enough, keep * case.var + (1 - keep) * bessel * sigma2, case.var)
+    bessel = n / np.where(updates, n - 1, 1) if unbiased else np.ones_like(n)
+    mean = np.where(updates, keep * case.mean + (1 - keep) * mu, case.mean)
+    var = np.where(updates, keep * case.var + (1 - keep) * bessel * sigma2, case.var)
 
     # Backward, step by step.
     dx_hat = dy * case.scale  # 1
@@ -102,7 +102,7 @@ def train_step(
     dbias = dy.sum(0)  # 3
     dsigma2 = (dx_hat * -0.5 * (x - mu) * inv_std**3).sum(0)  # 4
     dsigma2_state = np.where(some, 0, dsigma2)
-    dsigma2 = dsigma2 + np.where(enough, (1 - keep) * bessel * case.dvar, 0)
+    dsigma2 = dsigma2 + np.where(updates, (1 - keep) * bessel * case.dvar, 0)
     dsigma2_dmu = -2 / m * (w * (x - mu)).sum(0)  # 5
     dx_hat_dmu = -inv_std  # 6
     dx_hat_dx = inv_std  # 7
@@ -110,7 +110,7 @@ def train_step(
     dsigma2_dx = np.where(some, 2 / m * w * (x - mu), 0)  # 9
     dmu_y = (dx_hat * dx_hat_dmu).sum(0)
     dmu = dsigma2 * np.where(some, dsigma2_dmu, 0) + dmu_y
-    dmu = dmu + np.where(enough, (1 - keep) * case.dmean, 0)
+    dmu = dmu + np.where(updates, (1 - keep) * case.dmean, 0)
     dx = dx_hat * dx_hat_dx + dmu * dmu_dx + dsigma2 * dsigma2_dx
 
     terms = (np.abs(x) + np.abs(mu)) * inv_std  # x_hat before its terms cancel
@@ -122,8 +122,8 @@ def train_step(
         dx=unflatten_elements(dx, case.x.shape, axis),
         dscale=dscale,
         dbias=dbias,
-        dmean=np.where(enough, keep, 1) * case.dmean + np.where(some, 0, dmu_y),
-        dvar=np.where(enough, keep, 1) * case.dvar + dsigma2_state,
+        dmean=np.where(updates, keep, 1) * case.dmean + np.where(some, 0, dmu_y),
+        dvar=np.where(updates, keep, 1) * case.dvar + dsigma2_state,
         sizes={
             "dx": np.abs(dx_hat * dx_hat_dx).max(initial=0),
             "dscale": (np.abs(dy) * terms).sum(0).max(initial=0),

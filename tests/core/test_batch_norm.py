@@ -92,9 +92,11 @@ def test_options_match_oracle(options, rng):
 
 @pytest.mark.parametrize("n", [1, 2, 3, 32_769])
 @pytest.mark.parametrize("features", [1, 3])
-def test_odd_shapes_match_oracle(n, features, rng):
+@pytest.mark.parametrize("unbiased", [True, False])
+def test_odd_shapes_match_oracle(n, features, unbiased, rng):
     case = rounded(random_case(rng, (n, features)), "float32")
-    assert_close(run(case), train_step(case), 2e-5)
+    expected = train_step(case, unbiased=unbiased)
+    assert_close(run(case, unbiased=unbiased), expected, 2e-5)
 
 
 COTANGENTS = {

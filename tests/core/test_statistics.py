@@ -109,6 +109,17 @@ def test_one_element_returns_the_bias_and_keeps_the_state(mask, rng):
     jax.tree.map(np.testing.assert_array_equal, state, new)
 
 
+@pytest.mark.parametrize("weight", [1.0, 0.25])
+def test_one_element_updates_the_state_with_biased_variance(weight, rng):
+    """Without Bessel's correction, any positive weight updates the statistics."""
+    x = 1e3 + rng.normal(size=(1, C)).astype(np.float32)
+    options = {"momentum": 0.9, "unbiased": False, "mask": np.full((1, 1), weight)}
+    state = train_on([x], **options)
+    np.testing.assert_allclose(state.mean, 0.1 * x[0], rtol=1e-6)
+    np.testing.assert_allclose(state.var, np.full(C, 0.9), rtol=1e-6)
+    assert state.count == 1
+
+
 def test_masked_feature_keeps_its_statistics(rng):
     x = batches(rng)[0]
     state = train_on(batches(rng))

@@ -428,10 +428,13 @@ def test_masks_exclude_and_weight_elements(faq):
     near(faq["weighted"].var, twice.var(0, ddof=1))
 
 
-def test_weights_that_sum_to_1_keep_the_statistics(faq):
-    start, weights = faq["state"], jnp.full((32, 1), 1 / 32)
-    _, new = jaxbn.batch_norm(faq["params"], start, faq["x"], train=True, mask=weights)
-    np.testing.assert_array_equal(new.mean, start.mean)
+@pytest.mark.parametrize("unbiased", [True, False])
+def test_weights_that_sum_to_1_update_only_biased_statistics(unbiased, faq):
+    args, weights = (faq["params"], faq["state"], faq["x"]), jnp.full((32, 1), 1 / 32)
+    _, new = jaxbn.batch_norm(*args, train=True, mask=weights, unbiased=unbiased)
+    (x,) = float64(faq["x"])
+    near(new.mean, np.zeros(4) if unbiased else 0.01 * x.mean(0))
+    near(new.var, np.ones(4) if unbiased else 0.99 + 0.01 * x.var(0))
 
 
 def test_layer_reads_integer_masks_as_bools(faq):
