@@ -1,9 +1,9 @@
-r"""Variables from and to PyTorch, Keras 3, dm-haiku and equinox.
+"""Convert variables from and to PyTorch, Keras 3, dm-haiku and equinox.
 
-None of them is imported: what they keep is read through `__array__`, on the host, and
-copied. A layer is a pair `(params, state)`, as `jaxbn.batch_norm` takes it.
+None of these libraries is imported: their arrays are read through `__array__`, on the
+host, and copied. A layer is a pair `(params, state)`, as `jaxbn.batch_norm` takes it.
 
-| for | one layer | a whole model, by a map of names |
+| library | one layer | a whole model, by a map of names |
 |---|---|---|
 | PyTorch | `from_torch`, `to_torch` | `from_torch_tree`, `to_torch_tree` |
 | Keras 3 | `from_keras`, `to_keras` | `from_keras_tree`, `to_keras_tree` |
@@ -11,7 +11,7 @@ copied. A layer is a pair `(params, state)`, as `jaxbn.batch_norm` takes it.
 | equinox | `from_equinox`, `to_equinox` | `from_equinox_tree`, `to_equinox_tree` |
 | linen, nnx | `layers_of` | `replace_layers` |
 
-**The same thing under other names**
+**Names of the variables**
 
 | jaxbn, Flax | PyTorch | Keras | haiku | equinox |
 |---|---|---|---|---|
@@ -23,29 +23,31 @@ copied. A layer is a pair `(params, state)`, as `jaxbn.batch_norm` takes it.
 | shape (C,) | (C,) | (C,) | (1, ..., C) | (C,) |
 | without scale or bias | `affine` | `scale`, `center` | `create_*` | `*_affine` |
 
-**Options are in no checkpoint: pass them to our layer**
+**Options are in no checkpoint: pass them to jaxbn's layer**
 
-| ours | jaxbn | Flax | PyTorch | Keras | haiku | equinox |
+| option | jaxbn | Flax | PyTorch | Keras | haiku | equinox |
 |---|---|---|---|---|---|---|
-| `momentum` | 0.99 | 0.99 | 0.1 is 0.9 here | 0.99 | `decay_rate` | 0.99 |
+| `momentum` | 0.99 | 0.99 | 0.1, jaxbn's 0.9 | 0.99 | `decay_rate` | 0.99 |
 | `epsilon` | 1e-5 | 1e-5 | 1e-5 | **1e-3** | 1e-5 | 1e-5 |
 | `unbiased` | True | False | True | False | False | False |
 | `axis` | -1 | -1 | 1 | -1 | -1 | 1, after vmap |
 | debiased averages | no | no | no | no | yes | "batch" |
 
-`torch_momentum` translates PyTorch's momentum, `debiased_momentum` the debiased
-averages of haiku and equinox; what these lose on the way is said at `from_haiku` and
-`from_equinox`.
+`torch_momentum` translates PyTorch's momentum, and `debiased_momentum` the debiased
+averages of haiku and equinox. `from_haiku` and `from_equinox` list their differences
+from jaxbn.
 
-**Trees.** `names` maps the library's name of each batch norm layer to ours, and serves
-both directions. Ours is the path without collection and variable:
-`"Block_0/BatchNorm_0"` in linen variables, `"blocks/0/norm"` in an `nnx.State`. The
-tree comes back new, with the layers' values replaced in the dtypes that it had; all
-else is as it was. An error leaves everything as it was:
+**Whole models.** `names` maps the library's name of each batch norm layer to the
+layer's path in the Flax variables, in both directions. The path has no collection and
+no variable: `"Block_0/BatchNorm_0"` in linen variables, `"blocks/0/norm"` in an
+`nnx.State`. "." is accepted for "/" there; PyTorch's names keep their ".".
+
+The result is a new tree in which the values of the layers are replaced, in the dtypes
+of the old ones. An error changes nothing:
 
 - `ValueError`: a name that is not in the source or not in the target, a layer that the
-  map leaves out, one that it gives twice, feature counts that disagree, a scale or bias
-  on one side only, a running variance that is negative or NaN;
+  map leaves out or gives twice, feature counts that disagree, a scale or bias on one
+  side only, a running variance that is negative or NaN;
 - `TypeError`: values that are not floating.
 
 >>> import numpy as np, jaxbn

@@ -1,115 +1,131 @@
-r"""equinox's `nn.BatchNorm`, by the layer and its `State`.
+"""Convert equinox's `nn.BatchNorm`, whose statistics are in an `nn.State`.
 
-The mode "ema" keeps the running statistics as we do. The mode "batch" keeps a hidden
-mean, which starts at 0, and a hidden variance, which starts at 1, and inference
-debiases both as if they had started at 0:
+With mode "ema", equinox keeps the running statistics as jaxbn does. With mode "batch",
+it keeps a hidden mean that starts at 0 and a hidden variance that starts at 1, and
+inference debiases both as if they had started at 0:
 
-$$mean = hidden\_mean / (1 - momentum^{count})$$
+    mean = hidden_mean / (1 - momentum^count)
 """
 
 from collections.abc import Mapping
-from typing import Any
 
 import jax
 import numpy as np
 from jax.tree_util import keystr
+from jaxtyping import PyTree
 
-from .._core.variables import BatchNormParams, BatchNormState
-from ._checks import check_begun
-from ._flax import into_flax, out_of_flax
-from ._layers import (
-    Format,
+from .._core.variables import AnyParams, BatchNormState
+from ._flax import read_from_flax, write_to_flax
+from ._keymap import (
+    AnyArray,
+    Arrays,
+    KeyMap,
     Layer,
     Vectors,
-    fitting,
-    like,
-    read,
-    read_single,
-    replace,
+    cast_like,
+    check_and_flatten,
+    describe,
+    read_layer,
+    read_layers,
+    replace_arrays,
 )
 from ._momentum import with_hidden
 
-EQUINOX = Format({"weight": "scale", "bias": "bias"})  # the state has keys of its own
+# Of the model alone: `_state_entries` has the statistics.
+EQUINOX = KeyMap({"weight": "scale", "bias": "bias"})
 
 
-def from_equinox(layer: Any, state: Any) -> Layer:
-    """A layer and the model's `eqx.nn.State` as `(params, state)`.
+def from_equinox(layer: PyTree, state: PyTree) -> Layer:
+    """Convert an equinox layer and the model's `eqx.nn.State` to `(params, state)`.
 
     `eqx.nn.BatchNorm(C, axis_name, eps, momentum=m)` under `vmap` is then
     `batch_norm(params, state, x, train, axis=1, epsilon=eps, momentum=m,
-    unbiased=False)`: equinox's running variance is the biased one, whatever its
-    documentation says.
+    unbiased=False)`: equinox's running variance is the biased one, although its
+    documentation says otherwise.
 
-    What inference uses is carried. With the mode "ema", `momentum=m` goes on from
-    there; but equinox normalizes by the running statistics in training too, and keeps
-    no count: it is 0. With the mode "batch", `momentum=debiased_momentum(m, count)` is
-    equinox's next step, if `count` is not 0, and `momentum=m` is near it once
-    1 / (1 - m) batches are well past. equinox's variance there is too large by
-    m^count / (1 - m^count), which is carried too.
+    The result has the statistics that equinox uses at inference. With mode "ema",
+    `momentum=m` continues them; but equinox normalizes by the running statistics in
+    training too, and keeps no count, so that `count` is 0. With mode "batch",
+    `momentum=debiased_momentum(m, count)` is equinox's next step if `count` is not 0,
+    and `momentum=m` is close to it long after 1 / (1 - m) batches. In this mode
+    equinox's variance is too large by m^count / (1 - m^count), and so is the result's.
 
-    **Raises** `ValueError` and `TypeError` as told in `jaxbn.convert`, and `ValueError`
-    for the mode "ema" before its first batch, when equinox has no statistics.
+    **Raises** `ValueError` and `TypeError` as listed in `jaxbn.convert`, and
+    `ValueError` with mode "ema" before the first batch, when equinox has no statistics.
     """
-    return read_single(_debiased(layer, state), EQUINOX)
+    return read_layer(_debiased_layers(layer, state), EQUINOX)
 
 
 def to_equinox(
-    params: BatchNormParams, state: BatchNormState, layer: Any, eqx_state: Any
-) -> tuple[Any, Any]:
-    """`(layer, eqx_state)` with our values; undoes `from_equinox`.
+    params: AnyParams, state: BatchNormState, layer: PyTree, eqx_state: PyTree
+) -> tuple[PyTree, PyTree]:
+    """Copy a layer to an equinox layer and the model's `eqx.nn.State`.
 
-    **Arguments**: `layer` and `eqx_state` as `eqx.nn.make_with_state` returns them,
-    which says the mode and the momentum.
+    The inverse of `from_equinox`.
 
-    **Raises** `ValueError` if the layer does not fit, and in the mode "batch" for a
-    count of 0: there is nothing to debias. For a state that was not counted, say so:
-    `state._replace(count=batches)`.
+    **Arguments**
+
+    - `layer`, `eqx_state`: as `eqx.nn.make_with_state` returns them. The layer holds
+      the mode and the momentum.
+
+    **Returns** the new `(layer, eqx_state)`.
+
+    **Raises** `ValueError` if the layer does not fit, and with mode "batch" for a count
+    of 0, because the statistics are debiased by it. If the batches were not counted,
+    set the count: `state._replace(count=batches)`.
     """
-    vectors = fitting({"": (params, state)}, {"": _vectors(layer, eqx_state)})
-    return _replace(layer, eqx_state, vectors, None)
+    target = _vectors(layer, eqx_state)
+    layers = check_and_flatten({"": (params, state)}, {"": target})
+    return _replace_layers(layer, eqx_state, layers, None)
 
 
 def from_equinox_tree(
-    model: Any, state: Any, names: Mapping[str, str], variables: Any
-) -> Any:
-    """`variables` with the batch norm layers of a whole equinox model.
+    model: PyTree, state: PyTree, names: Mapping[str, str], variables: PyTree
+) -> PyTree:
+    """Copy the batch norm layers of an equinox model to `variables`.
 
     **Arguments**
 
     - `model`, `state`: as `eqx.nn.make_with_state` returns them.
-    - `names`: the path of each `eqx.nn.BatchNorm` in `model` to ours:
-      `{"layers/1": "BatchNorm_0"}` for the second layer of an `eqx.nn.Sequential`.
+    - `names`: the path of each `eqx.nn.BatchNorm` in `model`, and its path in
+      `variables`: `{"layers/1": "BatchNorm_0"}` for the second layer of an
+      `eqx.nn.Sequential`.
     - `variables`: linen variables or an `nnx.State`.
 
-    **Returns** a new tree like `variables`; **raises** as told in `jaxbn.convert`.
+    **Returns** a new tree like `variables`; **raises** as listed in `jaxbn.convert`.
     """
-    return into_flax(read(_debiased(model, state)), names, variables)
+    return write_to_flax(read_layers(_debiased_layers(model, state)), names, variables)
 
 
 def to_equinox_tree(
-    variables: Any,
+    variables: PyTree,
     names: Mapping[str, str],
-    model: Any,
-    state: Any,
+    model: PyTree,
+    state: PyTree,
     *,
     count: int | None = None,
-) -> tuple[Any, Any]:
-    """`(model, state)` with the layers of `variables`; `names` as for the way in.
+) -> tuple[PyTree, PyTree]:
+    """Copy the batch norm layers of `variables` to an equinox model.
+
+    The inverse of `from_equinox_tree`, with the same `names`.
 
     **Arguments** besides those of `from_equinox_tree`
 
-    - `count`: of batches absorbed, for layers that do not count them, as Flax's.
+    - `count`: the number of batches, for layers that keep no count, as Flax's.
 
-    **Raises** `ValueError` for a count of 0 too, in the mode "batch".
+    **Returns** the new `(model, state)`.
+
+    **Raises** `ValueError` for a count of 0 too, with mode "batch".
     """
-    targets = {name: _vectors(n, state) for name, n in _layers(model).items()}
-    return _replace(model, state, out_of_flax(variables, names, targets), count)
+    targets = {name: _vectors(n, state) for name, n in _batch_norms(model).items()}
+    layers = read_from_flax(variables, names, targets)
+    return _replace_layers(model, state, layers, count)
 
 
-def _layers(model: Any) -> dict[str, Any]:
-    """The layers that are batch norms, by their paths."""
+def _batch_norms(model: PyTree) -> dict[str, PyTree]:
+    """Return the batch norm layers of the model by their paths."""
 
-    def is_batch_norm(node: Any) -> bool:
+    def is_batch_norm(node: PyTree) -> bool:
         return hasattr(node, "batch_state_index") and hasattr(node, "ema_state_index")
 
     nodes = jax.tree_util.tree_leaves_with_path(model, is_leaf=is_batch_norm)
@@ -120,49 +136,69 @@ def _layers(model: Any) -> dict[str, Any]:
     }
 
 
-def _vectors(layer: Any, state: Any) -> Vectors:
-    """What the layer keeps, as it keeps it."""
+def _vectors(layer: PyTree, state: PyTree) -> Vectors:
+    """Return the layer's arrays, hidden statistics with mode "batch"."""
     mean, var = state.get(layer.batch_state_index or layer.ema_state_index)
     vectors = {"scale": layer.weight, "bias": layer.bias, "mean": mean, "var": var}
     return {field: vector for field, vector in vectors.items() if vector is not None}
 
 
-def _debiased(model: Any, state: Any) -> dict[str, Vectors]:
-    """What inference uses, of all layers."""
-
-    def debiased(layer: Any, name: str) -> Vectors:
-        vectors = _vectors(layer, state)
-        if layer.mode == "ema":
-            check_begun(state.get(layer.ema_first_time_index), name)
-            return vectors
-        count = int(state.get(layer.batch_counter))
-        share = 1 - layer.momentum**count if count else 1
-        stats = {field: vectors[field] / share for field in ("mean", "var")}
-        return vectors | stats | {"count": count}
-
-    return {name: debiased(layer, name) for name, layer in _layers(model).items()}
+def _debiased_layers(model: PyTree, state: PyTree) -> dict[str, Vectors]:
+    """Return the arrays that inference uses, of each batch norm layer."""
+    layers = _batch_norms(model)
+    return {name: _debiased(layer, state, name) for name, layer in layers.items()}
 
 
-def _replace(
-    model: Any, state: Any, layers: Mapping[str, Vectors], count: int | None
-) -> tuple[Any, Any]:
-    # Not by `State.set`, which would make the caller's state unusable.
+def _debiased(layer: PyTree, state: PyTree, name: str) -> Vectors:
+    vectors = _vectors(layer, state)
+    if layer.mode == "ema":
+        _check_not_new(state.get(layer.ema_first_time_index), name)
+        return vectors
+    count = int(state.get(layer.batch_counter))
+    factor = 1 - layer.momentum**count if count else 1
+    statistics = {field: vectors[field] / factor for field in ("mean", "var")}
+    return vectors | statistics | {"count": count}
+
+
+def _replace_layers(
+    model: PyTree, state: PyTree, layers: Mapping[str, Arrays], count: int | None
+) -> tuple[PyTree, PyTree]:
+    """Return the model and the state with the arrays of all layers replaced.
+
+    `State.set` is not used, because it makes the caller's state unusable.
+    """
     leaves, structure = jax.tree.flatten(state)
-    places = jax.tree.unflatten(structure, range(len(leaves)))
+    positions = jax.tree.unflatten(structure, range(len(leaves)))
+    for name, layer in _batch_norms(model).items():
+        for index, values in _state_entries(layer, layers[name], count, name):
+            entry = jax.tree.leaves(positions.get(index))
+            for position, value in zip(entry, values, strict=True):
+                leaves[position] = cast_like(leaves[position], value)
+    new_state = jax.tree.unflatten(structure, leaves)
+    return replace_arrays(model, EQUINOX, layers), new_state
 
-    def put(index: Any, *values: np.ndarray) -> None:
-        for place, value in zip(
-            jax.tree.leaves(places.get(index)), values, strict=True
-        ):
-            leaves[place] = like(leaves[place], value)
 
-    for name, layer in _layers(model).items():
-        vectors = layers[name]
-        if layer.mode == "ema":
-            put(layer.ema_state_index, vectors["mean"], vectors["var"])
-            put(layer.ema_first_time_index, np.array(False))
-        else:
-            vectors = with_hidden(vectors, layer.momentum, count, name)
-            put(layer.batch_state_index, vectors["hidden_mean"], vectors["hidden_var"])
-            put(layer.batch_counter, vectors["count"])
-    return replace(model, EQUINOX, layers), jax.tree.unflatten(structure, leaves)
+def _state_entries(
+    layer: PyTree, arrays: Arrays, count: int | None, name: str
+) -> list[tuple[PyTree, list[np.ndarray]]]:
+    """Return the layer's entries of the state: index and values."""
+    if layer.mode == "ema":
+        return [
+            (layer.ema_state_index, [arrays["mean"], arrays["var"]]),
+            (layer.ema_first_time_index, [np.array(False)]),
+        ]
+    arrays = with_hidden(arrays, layer.momentum, count, name)
+    return [
+        (layer.batch_state_index, [arrays["hidden_mean"], arrays["hidden_var"]]),
+        (layer.batch_counter, [arrays["count"]]),
+    ]
+
+
+def _check_not_new(first_time: AnyArray, name: str) -> None:
+    """Check that a layer with mode "ema" has statistics."""
+    if first_time:
+        raise ValueError(
+            f"{describe(name)} must have seen a batch: in the mode 'ema' equinox has "
+            "no statistics before; got a new one. Train it for a step, or start from "
+            "jaxbn.init."
+        )

@@ -1,22 +1,32 @@
-"""The layers in Flax's trees, linen variables and `nnx.State`, and the map to them."""
+"""Read and replace the layers in Flax's trees: linen variables and `nnx.State`."""
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Iterable, Mapping
 
-from ._checks import check_known, check_names, check_once
-from ._layers import Format, Layer, Vectors, find, fitting, read, replace
+from jaxtyping import PyTree
 
-FLAX = Format(
+from ._keymap import (
+    Arrays,
+    KeyMap,
+    Layer,
+    Vectors,
+    check_and_flatten,
+    find_layers,
+    list_names,
+    read_layers,
+    replace_arrays,
+)
+
+FLAX = KeyMap(
     {name: name for name in ("scale", "bias", "mean", "var", "count")},
     collections=("params", "batch_stats"),
 )
 
 
-def layers_of(variables: Any) -> dict[str, Layer]:
-    """The batch norm layers of linen variables or an `nnx.State`, by their paths.
+def layers_of(variables: PyTree) -> dict[str, Layer]:
+    """Return the batch norm layers of linen variables or an `nnx.State`, by path.
 
-    Flax's layers keep no count of batches, ours only with `momentum=None`: `count` is
-    0 where there is none.
+    Flax's layers keep no count of batches, and jaxbn's keep one only with
+    `momentum=None`; elsewhere `count` is 0.
 
     **Raises** `ValueError` and `TypeError` as the conversions do (see `jaxbn.convert`).
 
@@ -30,45 +40,115 @@ def layers_of(variables: Any) -> dict[str, Layer]:
                     var=Array([1., 1.], dtype=float32),
                     count=Array(0, dtype=int32)))
     """
-    return read(find(variables, FLAX))
+    return read_layers(find_layers(variables, FLAX))
 
 
-def replace_layers(variables: Any, layers: Mapping[str, Layer]) -> Any:
-    """`variables` with these layers' values in the place of their own.
+def replace_layers(variables: PyTree, layers: Mapping[str, Layer]) -> PyTree:
+    """Return `variables` with the values of some layers replaced.
 
     **Arguments**
 
     - `variables`: linen variables, or an `nnx.State` that holds parameters and
       statistics: `nnx.update(model, replace_layers(nnx.state(model), layers))`.
     - `layers`: `{path: (params, state)}`, for some of the layers that `layers_of`
-      finds. A count is dropped where the layer keeps none.
+      finds; "." is accepted for "/". A count is dropped if the layer keeps none.
 
     **Returns** a new tree of the same structure, shapes and dtypes.
 
-    **Raises** `ValueError` for a path that is not in `variables`, and for a layer that
-    does not fit.
+    **Raises** `ValueError` for a path that is not in `variables`, for two paths of one
+    layer, and for a layer that does not fit.
     """
-    targets = find(variables, FLAX)
-    check_known(layers, targets)
-    return replace(variables, FLAX, fitting(layers, targets))
+    targets = find_layers(variables, FLAX)
+    paths = {path: _existing_path(path, targets) for path in layers}
+    _check_once("layers", paths)
+    _check_known(paths.values(), targets)
+    new = {paths[path]: layer for path, layer in layers.items()}
+    return replace_arrays(variables, FLAX, check_and_flatten(new, targets))
 
 
-def into_flax(
-    layers: Mapping[str, Layer], names: Mapping[str, str], variables: Any
-) -> Any:
-    """`variables` with all these layers, by the map from their names to ours."""
-    check_once(names)
-    check_names(names, layers, find(variables, FLAX))
-    return replace_layers(
-        variables, {ours: layers[theirs] for theirs, ours in names.items()}
-    )
+def write_to_flax(
+    layers: Mapping[str, Layer], names: Mapping[str, str], variables: PyTree
+) -> PyTree:
+    """Return `variables` with all of a library's layers, by the map of names."""
+    paths = _check_names(names, layers, find_layers(variables, FLAX))
+    new = {path: layers[name] for name, path in paths.items()}
+    return replace_layers(variables, new)
 
 
-def out_of_flax(
-    variables: Any, names: Mapping[str, str], targets: Mapping[str, Vectors]
-) -> dict[str, Vectors]:
-    """The arrays for all the targets, by the same map."""
+def read_from_flax(
+    variables: PyTree, names: Mapping[str, str], targets: Mapping[str, Vectors]
+) -> dict[str, Arrays]:
+    """Return the arrays for all of a library's layers, by the same map."""
     layers = layers_of(variables)
-    check_once(names)
-    check_names(names, targets, layers)
-    return fitting({theirs: layers[ours] for theirs, ours in names.items()}, targets)
+    paths = _check_names(names, targets, layers)
+    new = {name: layers[path] for name, path in paths.items()}
+    return check_and_flatten(new, targets)
+
+
+def _existing_path(path: str, existing: Iterable[str]) -> str:
+    """Return the only existing path that is `path` up to "." versus "/".
+
+    A module's name may contain a ".", so `path` itself comes first. A path that does
+    not exist is returned with "/".
+    """
+    alike = [p for p in existing if _with_slashes(p) == _with_slashes(path)]
+    if path in alike:
+        return path
+    return alike[0] if len(alike) == 1 else _with_slashes(path)
+
+
+def _with_slashes(path: str) -> str:
+    return path.replace(".", "/")
+
+
+def _check_names(
+    names: Mapping[str, str], library: Iterable[str], variables: Iterable[str]
+) -> dict[str, str]:
+    """Return `names` with existing paths, if it maps each layer of both sides once."""
+    paths = {name: _existing_path(path, variables) for name, path in names.items()}
+    _check_once("names", paths)
+    _check_side("the other library's model", "keys", paths.keys(), library)
+    _check_side("our variables", "values", paths.values(), variables)
+    return paths
+
+
+def _check_once(argument: str, paths: Mapping[str, str]) -> None:
+    """Check that no two names stand for one path."""
+    names: dict[str, list[str]] = {path: [] for path in paths.values()}
+    for name, path in paths.items():
+        names[path].append(name)
+    repeated = {path: given for path, given in names.items() if len(given) > 1}
+    if repeated:
+        raise ValueError(
+            f"{argument} must give each layer once; got {repeated}. Map each name to a "
+            "layer of its own."
+        )
+
+
+def _check_side(
+    side: str, part: str, given: Iterable[str], existing: Iterable[str]
+) -> None:
+    """Check that the keys or the values of `names` are all layers of one side."""
+    given, existing = set(given), set(existing)
+    if unknown := given - existing:
+        raise ValueError(
+            f"the {part} of names must be batch norm layers of {side}; got "
+            f"{list_names(unknown)}, and there are {list_names(existing)}. Correct the "
+            "map."
+        )
+    if missed := existing - given:
+        raise ValueError(
+            f"names must map every batch norm layer; its {part} leave out "
+            f"{list_names(missed)} of {side}. Add it to the map, or take it out of "
+            "what you pass."
+        )
+
+
+def _check_known(paths: Iterable[str], existing: Iterable[str]) -> None:
+    """Check that the layers to replace exist."""
+    if unknown := set(paths) - set(existing):
+        raise ValueError(
+            "the layers to replace must be batch norm layers of the variables; got "
+            f"{list_names(unknown)}, and there are {list_names(existing)}. Take the "
+            "paths that layers_of returns."
+        )

@@ -1,103 +1,102 @@
-r"""dm-haiku's `BatchNorm`, by its parameters and state.
+"""Convert dm-haiku's `BatchNorm`.
 
 haiku keeps each running statistic twice: `hidden`, which starts at 0, and `average`,
-the same debiased as in Adam, which inference uses:
+which is debiased as in Adam and used at inference:
 
-$$average = hidden / (1 - decay^{counter})$$
+    average = hidden / (1 - decay^counter)
 """
 
 from collections.abc import Mapping
-from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import PyTree
 
-from .._core.axes import expand_features
-from .._core.axes import check_axis
-from .._core.variables import BatchNormParams, BatchNormState
-from ._checks import check_flat
-from ._flax import into_flax, out_of_flax
-from ._layers import (
-    Format,
+from .._core.axes import check_axis, expand_features
+from .._core.variables import AnyParams, BatchNormState
+from ._flax import read_from_flax, write_to_flax
+from ._keymap import (
+    AnyArray,
+    Arrays,
+    KeyMap,
     Layer,
     Vectors,
-    as_vectors,
-    find,
-    read,
-    read_single,
-    replace,
+    as_arrays,
+    describe,
+    find_layers,
+    read_layer,
+    read_layers,
+    rename,
+    replace_arrays,
 )
 from ._momentum import with_hidden
 
-Dicts = Mapping[str, Any]
+Dicts = Mapping[str, PyTree]  # haiku's Params and State
 
-HAIKU = Format(
+HAIKU = KeyMap(
     {
         "scale": "scale",
         "offset": "bias",
         "~/mean_ema/average": "mean",
         "~/var_ema/average": "var",
         "~/mean_ema/counter": "count",
-        # What we do not keep, and make anew:
+        # Not in jaxbn's state; computed by `with_hidden`:
         "~/mean_ema/hidden": "hidden_mean",
         "~/var_ema/hidden": "hidden_var",
-        "~/var_ema/counter": "counter",  # the same number
+        "~/var_ema/counter": "counter",  # equal to `count`
     },
     collections=("0", "1"),  # of the pair (params, state)
 )
 
 
 def from_haiku(params: Dicts, state: Dicts) -> Layer:
-    """A layer's parameters and state as our `(params, state)`.
+    """Convert a haiku layer's parameters and state to jaxbn's `(params, state)`.
 
     `hk.BatchNorm(create_scale, create_offset, decay_rate)` is then
     `batch_norm(params, state, x, train, momentum=decay_rate, unbiased=False)`, with
     `axis=1` for `data_format="channels_first"`.
 
-    The averages are carried, `average` and not `hidden`, so that inference is the same.
-    haiku continues them with weights that depend on the step:
+    The running statistics are `average`, not `hidden`, so that inference is the same.
+    haiku updates them with weights that depend on the step:
     `momentum=debiased_momentum(decay_rate, count)` is the same step, and
-    `momentum=decay_rate` is near it once 1 / (1 - decay_rate) batches are well past.
+    `momentum=decay_rate` is close to it long after 1 / (1 - decay_rate) batches.
 
     **Arguments**
 
     - `params`: `{"scale": ..., "offset": ...}`, either or both, of shape (1, ..., C).
     - `state`: `{"~/mean_ema": {"average": ..., "counter": ...}, "~/var_ema": ...}`.
-      Both may have the layer's own name before, as in the dicts of haiku's `init`.
+      In both, keys may begin with the layer's name, as in the dicts of haiku's `init`.
 
-    **Raises** `ValueError` and `TypeError` as told in `jaxbn.convert`.
+    **Raises** `ValueError` and `TypeError` as listed in `jaxbn.convert`.
     """
-    return read_single(_find(params, state), HAIKU)
+    return read_layer(_find_layers(params, state), HAIKU)
 
 
 def to_haiku(
-    params: BatchNormParams,
+    params: AnyParams,
     state: BatchNormState,
     *,
     decay: float,
     ndim: int,
     axis: int = -1,
-) -> tuple[dict[str, Any], dict[str, Any]]:
-    """A layer as haiku's parameters and state; undoes `from_haiku`.
+) -> tuple[dict[str, AnyArray], dict[str, AnyArray]]:
+    """Convert a layer to haiku's parameters and state.
+
+    The inverse of `from_haiku`.
 
     **Arguments**
 
-    - `decay`: the layer's `decay_rate`, by which `hidden` is made of `average`.
-    - `ndim`, `axis`: the rank of its input, and the feature axis there: haiku's vectors
-      have that rank.
+    - `decay`: the layer's `decay_rate`, which relates `hidden` to `average`.
+    - `ndim`, `axis`: the rank of the layer's input and its feature axis; haiku's
+      vectors have the same rank.
 
     **Returns** `(params, state)` with the keys that `from_haiku` takes, NumPy arrays.
 
-    **Raises** `ValueError` for a count of 0: there is nothing to debias. For a state
-    that was not counted, say so: `state._replace(count=batches)`.
+    **Raises** `ValueError` for a count of 0, because the averages are debiased by it.
+    If the batches were not counted, set the count: `state._replace(count=batches)`.
     """
-    vectors = with_hidden(as_vectors(params, state), decay, None, "")
-    axes = check_axis(axis, ndim)
-    vectors = {
-        name: np.array(expand_features(jnp.asarray(v), axes, ndim)) if v.ndim else v
-        for name, v in vectors.items()
-    }
-    flat = {key: vectors[ours] for key, ours in HAIKU.keys.items() if ours in vectors}
+    arrays = with_hidden(as_arrays(params, state), decay, None, "")
+    flat = rename(_expand(arrays, ndim, axis), HAIKU)
     return (
         {key: array for key, array in flat.items() if "/" not in key},
         {
@@ -108,24 +107,24 @@ def to_haiku(
 
 
 def from_haiku_tree(
-    params: Dicts, state: Dicts, names: Mapping[str, str], variables: Any
-) -> Any:
-    """`variables` with the batch norm layers of a whole haiku model.
+    params: Dicts, state: Dicts, names: Mapping[str, str], variables: PyTree
+) -> PyTree:
+    """Copy the batch norm layers of a haiku model to `variables`.
 
     **Arguments**
 
-    - `params`, `state`: the model's. What has a `~/mean_ema` is a batch norm.
-    - `names`: haiku's name of each such layer to ours:
+    - `params`, `state`: the model's. A layer with a `~/mean_ema` is a batch norm.
+    - `names`: haiku's name of each such layer, and its path in `variables`:
       `{"res_net/~/batch_norm": "BatchNorm_0"}`.
     - `variables`: linen variables or an `nnx.State`.
 
-    **Returns** a new tree like `variables`; **raises** as told in `jaxbn.convert`.
+    **Returns** a new tree like `variables`; **raises** as listed in `jaxbn.convert`.
     """
-    return into_flax(read(_find(params, state)), names, variables)
+    return write_to_flax(read_layers(_find_layers(params, state)), names, variables)
 
 
 def to_haiku_tree(
-    variables: Any,
+    variables: PyTree,
     names: Mapping[str, str],
     params: Dicts,
     state: Dicts,
@@ -133,23 +132,49 @@ def to_haiku_tree(
     decay: float,
     count: int | None = None,
 ) -> tuple[Dicts, Dicts]:
-    """`(params, state)` with the layers of `variables`; `names` as for the way in.
+    """Copy the batch norm layers of `variables` to a haiku model.
+
+    The inverse of `from_haiku_tree`, with the same `names`.
 
     **Arguments** besides those of `from_haiku_tree`
 
     - `decay`: the layers' `decay_rate`.
-    - `count`: of batches absorbed, for layers that do not count them, as Flax's.
+    - `count`: the number of batches, for layers that keep no count, as Flax's.
+
+    **Returns** the new `(params, state)`.
 
     **Raises** `ValueError` for a count of 0 too.
     """
-    vectors = out_of_flax(variables, names, _find(params, state))
-    vectors = {n: with_hidden(v, decay, count, n) for n, v in vectors.items()}
-    return replace((params, state), HAIKU, vectors)
+    layers = read_from_flax(variables, names, _find_layers(params, state))
+    layers = {n: with_hidden(arrays, decay, count, n) for n, arrays in layers.items()}
+    return replace_arrays((params, state), HAIKU, layers)
 
 
-def _find(params: Dicts, state: Dicts) -> dict[str, Vectors]:
-    found = find((params, state), HAIKU)
+def _find_layers(params: Dicts, state: Dicts) -> dict[str, Vectors]:
+    """Return the arrays of each batch norm layer, of shape (C,)."""
+    found = find_layers((params, state), HAIKU)
     return {
-        name: {field: check_flat(value, field, name) for field, value in layer.items()}
+        name: {field: _squeeze(value, field, name) for field, value in layer.items()}
         for name, layer in found.items()
     }
+
+
+def _expand(arrays: Arrays, ndim: int, axis: int) -> Arrays:
+    """Expand the vectors, but not the counts, to the rank of the layer's input."""
+    axes = check_axis(axis, ndim)
+    return {
+        field: np.array(expand_features(jnp.asarray(a), axes, ndim)) if a.ndim else a
+        for field, a in arrays.items()
+    }
+
+
+def _squeeze(value: AnyArray, field: str, name: str) -> AnyArray:
+    """Return a vector with one axis: (1, 1, 1, C) becomes (C,)."""
+    shape = np.shape(value)
+    if sum(length > 1 for length in shape) > 1:
+        raise ValueError(
+            f"{field} of {describe(name)} must be long in one axis, the features'; got "
+            f"shape {shape}. Convert layers that keep several axes by hand, with "
+            "jaxbn.BatchNormParams and BatchNormState."
+        )
+    return value.reshape(-1) if shape else value

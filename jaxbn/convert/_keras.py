@@ -1,14 +1,26 @@
-"""Keras 3's `BatchNormalization`, by its weights."""
+"""Convert Keras 3's `BatchNormalization`."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
-from .._core.variables import BatchNormParams, BatchNormState
-from ._checks import check_length
-from ._flax import into_flax, out_of_flax
-from ._layers import Format, Layer, as_vectors, find, read, read_single, replace
+import numpy as np
+from jaxtyping import PyTree
 
-KERAS = Format(
+from .._core.variables import AnyParams, BatchNormState
+from ._flax import read_from_flax, write_to_flax
+from ._keymap import (
+    AnyArray,
+    KeyMap,
+    Layer,
+    as_arrays,
+    find_layers,
+    list_names,
+    read_layer,
+    read_layers,
+    rename,
+    replace_arrays,
+)
+
+KERAS = KeyMap(
     {
         "gamma": "scale",
         "beta": "bias",
@@ -19,27 +31,27 @@ KERAS = Format(
 
 
 def from_keras(
-    weights: Mapping[str, Any] | Sequence[Any],
+    weights: Mapping[str, AnyArray] | Sequence[AnyArray],
     *,
     scale: bool = True,
     center: bool = True,
 ) -> Layer:
-    """A layer's weights as `(params, state)`.
+    """Convert a Keras layer's weights to `(params, state)`.
 
     `BatchNormalization(momentum=m, epsilon=e)` is then `batch_norm(params, state, x,
-    train, momentum=m, epsilon=e, unbiased=False)`. Mind that Keras's epsilon is 1e-3
-    unless given.
+    train, momentum=m, epsilon=e, unbiased=False)`. Keras's default epsilon is 1e-3.
 
     **Arguments**
 
     - `weights`: `layer.get_weights()`, or `{w.name: w for w in layer.weights}`.
-    - `scale`, `center`: the layer's own, which tell what a list of weights holds.
+    - `scale`, `center`: the layer's options. They tell which arrays a list of weights
+      holds.
 
-    Nothing is lost; but Keras counts no batches: `count` is 0, so that a first batch
-    with `momentum=None` would replace the statistics. What batch renormalization keeps
-    besides is dropped: inference is the same.
+    Nothing is lost, but Keras counts no batches: `count` is 0, so that the first batch
+    with `momentum=None` replaces the statistics. The extra variables of batch
+    renormalization are dropped; they do not change inference.
 
-    **Raises** `ValueError` and `TypeError` as told in `jaxbn.convert`.
+    **Raises** `ValueError` and `TypeError` as listed in `jaxbn.convert`.
 
     >>> import numpy as np, jaxbn
     >>> params, state = jaxbn.convert.from_keras(
@@ -50,43 +62,56 @@ def from_keras(
     if not isinstance(weights, Mapping):
         present = {"gamma": scale, "beta": center}
         keys = [key for key in KERAS.keys if present.get(key, True)]
-        weights = dict(zip(keys, check_length(weights, keys), strict=True))
-    return read_single(find(dict(weights), KERAS), KERAS)
+        _check_length(weights, keys)
+        weights = dict(zip(keys, weights, strict=True))
+    return read_layer(find_layers(dict(weights), KERAS), KERAS)
 
 
-def to_keras(params: BatchNormParams, state: BatchNormState) -> dict[str, Any]:
-    """A layer as `{name: NumPy array}`, in Keras's order; undoes `from_keras`.
+def to_keras(params: AnyParams, state: BatchNormState) -> dict[str, np.ndarray]:
+    """Convert a layer to `{name: NumPy array}`, in the order of Keras's weights.
 
-    `layer.set_weights(list(arrays.values()))`. The count is lost.
+    The inverse of `from_keras`, without the count. Load it with
+    `layer.set_weights(list(arrays.values()))`.
     """
-    vectors = as_vectors(params, state)
-    return {key: vectors[ours] for key, ours in KERAS.keys.items() if ours in vectors}
+    return rename(as_arrays(params, state), KERAS)
 
 
 def from_keras_tree(
-    weights: Mapping[str, Any], names: Mapping[str, str], variables: Any
-) -> Any:
-    """`variables` with the batch norm layers of a whole Keras model.
+    weights: Mapping[str, AnyArray], names: Mapping[str, str], variables: PyTree
+) -> PyTree:
+    """Copy the batch norm layers of a Keras model to `variables`.
 
     **Arguments**
 
-    - `weights`: `{w.path: w for w in model.weights}`. What has a `moving_mean` is a
+    - `weights`: `{w.path: w for w in model.weights}`. A layer with a `moving_mean` is a
       batch norm.
-    - `names`: Keras's path of each such layer to ours:
+    - `names`: Keras's path of each such layer, and its path in `variables`:
       `{"sequential/batch_normalization": "BatchNorm_0"}`.
     - `variables`: linen variables or an `nnx.State`.
 
-    **Returns** a new tree like `variables`; **raises** as told in `jaxbn.convert`.
+    **Returns** a new tree like `variables`; **raises** as listed in `jaxbn.convert`.
     """
-    return into_flax(read(find(dict(weights), KERAS)), names, variables)
+    layers = read_layers(find_layers(dict(weights), KERAS))
+    return write_to_flax(layers, names, variables)
 
 
 def to_keras_tree(
-    variables: Any, names: Mapping[str, str], weights: Mapping[str, Any]
-) -> dict[str, Any]:
-    """`weights` with the layers of `variables`; `names` as for the way in.
+    variables: PyTree, names: Mapping[str, str], weights: Mapping[str, AnyArray]
+) -> dict[str, AnyArray]:
+    """Copy the batch norm layers of `variables` to a Keras model's weights.
 
+    The inverse of `from_keras_tree`, with the same `names`. Load the result with
     `for w in model.weights: w.assign(new[w.path])`.
     """
-    arrays = dict(weights)
-    return replace(arrays, KERAS, out_of_flax(variables, names, find(arrays, KERAS)))
+    old = dict(weights)
+    new = read_from_flax(variables, names, find_layers(old, KERAS))
+    return replace_arrays(old, KERAS, new)
+
+
+def _check_length(weights: Sequence[AnyArray], keys: Sequence[str]) -> None:
+    """Check that a list of weights holds the arrays of the layer's options."""
+    if len(weights) != len(keys):
+        raise ValueError(
+            f"a list of weights must hold {list_names(keys)}; got {len(weights)} "
+            "arrays. Pass scale=False, center=False as the layer has them, or a dict."
+        )

@@ -1,17 +1,15 @@
-"""What other libraries call momentum, and averages that are debiased."""
-
-from typing import Any
+"""Translate PyTorch's momentum, and the debiased averages of haiku and equinox."""
 
 import numpy as np
 
-from ._checks import check_counted
+from ._keymap import Arrays, describe
 
 
 def torch_momentum(momentum: float | None) -> float | None:
-    """PyTorch's momentum in our terms, and ours in PyTorch's: 1 - momentum.
+    """Translate PyTorch's momentum to jaxbn's, or back: 1 - momentum.
 
-    PyTorch's is the share that the new batch gets, ours the share that the old
-    statistics keep. `None`, the average of all batches, is `None` in both.
+    PyTorch's momentum is the weight of the new batch, jaxbn's the weight of the old
+    statistics. `None`, the average of all batches, is `None` in both.
 
     >>> from jaxbn.convert import torch_momentum
     >>> torch_momentum(0.1), torch_momentum(None)
@@ -21,18 +19,22 @@ def torch_momentum(momentum: float | None) -> float | None:
 
 
 def debiased_momentum(decay: float, count: int) -> float:
-    r"""The momentum of the next step of an average that is debiased as Adam's are.
+    """Return the momentum of a debiased average's next step.
 
-    $$h_t = d h_{t-1} + (1 - d) v_t, \quad a_t = \frac{h_t}{1 - d^t}
-    \quad\Rightarrow\quad a_{t+1} = m a_t + (1 - m) v_{t+1}, \quad
-    m = 1 - \frac{1 - d}{1 - d^{t+1}}$$
+    haiku's averages, and equinox's with mode "batch", are debiased as Adam's are. With
+    d the decay, v the batch statistic, h the hidden average and a the debiased one:
 
-    haiku's averages are such, and equinox's in the mode "batch". With this momentum,
-    new at each step, `jaxbn.batch_norm` continues them exactly; with `momentum=decay`
-    it forgets the early batches more slowly, which after some multiples of
-    1 / (1 - decay) steps makes no difference.
+        hₜ = d·hₜ₋₁ + (1 - d)·vₜ,   aₜ = hₜ / (1 - dᵗ)
+        aₜ₊₁ = m·aₜ + (1 - m)·vₜ₊₁,   m = 1 - (1 - d) / (1 - dᵗ⁺¹)
 
-    **Arguments**: `decay`, their momentum; `count`, the batches absorbed so far.
+    With momentum m, new at each step, `jaxbn.batch_norm` continues the average exactly.
+    With `momentum=decay` it forgets the early batches more slowly, which makes no
+    difference after several multiples of 1 / (1 - decay) steps.
+
+    **Arguments**
+
+    - `decay`: the library's momentum or decay rate, d.
+    - `count`: the number of batches so far, t.
 
     Source: D. P. Kingma and J. Ba, "Adam: A Method for Stochastic Optimization",
     [arXiv:1412.6980](https://arxiv.org/abs/1412.6980), section 3.
@@ -44,15 +46,25 @@ def debiased_momentum(decay: float, count: int) -> float:
     return 1 - (1 - decay) / (1 - decay ** (count + 1))
 
 
-def with_hidden(
-    vectors: dict[str, Any], decay: float, count: int | None, name: str
-) -> dict[str, Any]:
-    """A layer's arrays and the hidden ones, h = a · (1 - d^t), that debias to them."""
-    count = check_counted(vectors["count"] if count is None else count, name)
-    share = 1 - decay**count
-    return vectors | {
+def with_hidden(arrays: Arrays, decay: float, count: int | None, name: str) -> Arrays:
+    """Add the hidden averages, hₜ = aₜ·(1 - dᵗ), to a layer's arrays."""
+    count = _check_count(arrays["count"] if count is None else count, name)
+    factor = 1 - decay**count
+    return arrays | {
         "count": np.array(count, np.int32),
         "counter": np.array(count, np.int32),
-        "hidden_mean": vectors["mean"] * share,
-        "hidden_var": vectors["var"] * share,
+        "hidden_mean": arrays["mean"] * factor,
+        "hidden_var": arrays["var"] * factor,
     }
+
+
+def _check_count(count: np.ndarray | int, name: str) -> int:
+    """Return the number of batches, if it is positive."""
+    if int(count) < 1:
+        raise ValueError(
+            f"{describe(name)} must have absorbed a batch, for the averages are "
+            f"debiased by the count; got count={int(count)}. Layers of Flax keep no "
+            "count: pass count=, or state._replace(count=...), the number of training "
+            "steps."
+        )
+    return int(count)

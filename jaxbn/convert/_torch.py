@@ -1,13 +1,28 @@
-"""PyTorch's `nn.BatchNorm1d`, `2d`, `3d` and `SyncBatchNorm`, by their `state_dict`."""
+"""Convert PyTorch's `nn.BatchNorm1d`, `2d`, `3d` and `SyncBatchNorm`."""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TypeVar
 
-from .._core.variables import BatchNormParams, BatchNormState
-from ._flax import into_flax, out_of_flax
-from ._layers import Format, Layer, as_vectors, find, read, read_single, replace
+import numpy as np
+from jaxtyping import PyTree
 
-TORCH = Format(
+from .._core.variables import AnyParams, BatchNormState
+from ._flax import read_from_flax, write_to_flax
+from ._keymap import (
+    AnyArray,
+    KeyMap,
+    Layer,
+    as_arrays,
+    find_layers,
+    read_layer,
+    read_layers,
+    rename,
+    replace_arrays,
+)
+
+ArrayT = TypeVar("ArrayT")
+
+TORCH = KeyMap(
     {
         "weight": "scale",
         "bias": "bias",
@@ -19,21 +34,21 @@ TORCH = Format(
 )
 
 
-def from_torch(state_dict: Mapping[str, Any]) -> Layer:
-    """A layer's `state_dict()` as `(params, state)`.
+def from_torch(state_dict: Mapping[str, AnyArray]) -> Layer:
+    """Convert a PyTorch layer's `state_dict` to `(params, state)`.
 
     `nn.BatchNorm2d(C, eps, momentum=p)` is then
-    `batch_norm(params, state, x, train, axis=1, epsilon=eps, momentum=1 - p)`, with our
+    `batch_norm(params, state, x, train, axis=1, epsilon=eps, momentum=1 - p)`, with the
     default `unbiased=True`; `momentum=None` is `None` in both. `affine=False` gives
     `BatchNormParams(None, None)`.
 
-    A layer with `track_running_stats=False` has no state, and is refused: run
-    `batch_norm` with `train=True` in both modes, on `jaxbn.init`'s state, and drop the
-    new one.
+    A layer with `track_running_stats=False` has no state and is rejected: run
+    `batch_norm` with `train=True` in both modes, on the state of `jaxbn.init`, and drop
+    the new state.
 
-    Nothing is lost, and nothing on the way back.
+    The conversion loses nothing in either direction.
 
-    **Raises** `ValueError` and `TypeError` as told in `jaxbn.convert`.
+    **Raises** `ValueError` and `TypeError` as listed in `jaxbn.convert`.
 
     >>> import numpy as np, jaxbn
     >>> params, state = jaxbn.convert.from_torch({
@@ -42,43 +57,47 @@ def from_torch(state_dict: Mapping[str, Any]) -> Layer:
     >>> params, state.count
     (BatchNormParams(scale=None, bias=None), Array(7, dtype=int32))
     """
-    return read_single(find(dict(state_dict), TORCH), TORCH)
+    return read_layer(find_layers(dict(state_dict), TORCH), TORCH)
 
 
-def to_torch(params: BatchNormParams, state: BatchNormState) -> dict[str, Any]:
-    """A layer as a `state_dict` of NumPy arrays; undoes `from_torch`.
+def to_torch(params: AnyParams, state: BatchNormState) -> dict[str, np.ndarray]:
+    """Convert a layer to a PyTorch `state_dict` of NumPy arrays.
 
+    The inverse of `from_torch`. Load it with
     `layer.load_state_dict({k: torch.from_numpy(v) for k, v in arrays.items()})`.
     """
-    vectors = as_vectors(params, state)
-    vectors["count"] = vectors["count"].astype("int64")
-    return {key: vectors[ours] for key, ours in TORCH.keys.items() if ours in vectors}
+    arrays = as_arrays(params, state)
+    arrays["count"] = arrays["count"].astype("int64")
+    return rename(arrays, TORCH)
 
 
 def from_torch_tree(
-    state_dict: Mapping[str, Any], names: Mapping[str, str], variables: Any
-) -> Any:
-    """`variables` with the batch norm layers of a whole PyTorch model.
+    state_dict: Mapping[str, AnyArray], names: Mapping[str, str], variables: PyTree
+) -> PyTree:
+    """Copy the batch norm layers of a PyTorch model to `variables`.
 
     **Arguments**
 
-    - `state_dict`: `model.state_dict()`. What keeps a `running_mean` is a batch norm.
-    - `names`: PyTorch's name of each such layer to ours:
+    - `state_dict`: `model.state_dict()`. A layer with a `running_mean` is a batch norm.
+    - `names`: PyTorch's name of each such layer, and its path in `variables`:
       `{"layer1.0.bn1": "Block_0/BatchNorm_0"}`.
     - `variables`: linen variables or an `nnx.State`.
 
-    **Returns** a new tree like `variables`; **raises** as told in `jaxbn.convert`.
+    **Returns** a new tree like `variables`; **raises** as listed in `jaxbn.convert`.
     """
-    return into_flax(read(find(dict(state_dict), TORCH)), names, variables)
+    layers = read_layers(find_layers(dict(state_dict), TORCH))
+    return write_to_flax(layers, names, variables)
 
 
 def to_torch_tree(
-    variables: Any, names: Mapping[str, str], state_dict: Mapping[str, Any]
-) -> dict[str, Any]:
-    """`state_dict` with the layers of `variables`; `names` as for the way in.
+    variables: PyTree, names: Mapping[str, str], state_dict: Mapping[str, ArrayT]
+) -> dict[str, ArrayT]:
+    """Copy the batch norm layers of `variables` to a PyTorch model's `state_dict`.
 
-    `model.load_state_dict(to_torch_tree(variables, names, model.state_dict()))`. A
-    count that Flax does not keep is 0, which matters to `momentum=None` alone.
+    The inverse of `from_torch_tree`, with the same `names`. Load the result with
+    `model.load_state_dict(to_torch_tree(variables, names, model.state_dict()))`. The
+    count of layers that keep none, as Flax's, is 0; only `momentum=None` uses it.
     """
-    arrays = dict(state_dict)
-    return replace(arrays, TORCH, out_of_flax(variables, names, find(arrays, TORCH)))
+    old = dict(state_dict)
+    new = read_from_flax(variables, names, find_layers(old, TORCH))
+    return replace_arrays(old, TORCH, new)
