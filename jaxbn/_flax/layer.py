@@ -4,7 +4,7 @@ The layers keep their variables and metadata as Flax does, and call here.
 """
 
 from collections.abc import Sequence
-from typing import Literal, Protocol, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 import jax.numpy as jnp
 import numpy as np
@@ -14,9 +14,10 @@ from jax.typing import ArrayLike, DTypeLike
 from .._core.axes import Axes, check_axis
 from .._core.batch_norm import batch_norm
 from .._core.dtypes import accumulation_dtype
-from .._core.variables import BatchNormParams, BatchNormState
+from .._core.options import Autodiff
+from .._core.sync import Groups, check_groups
+from .._core.variables import AnyParams, BatchNormState
 
-Autodiff = Literal["custom_vjp", "jax"]
 AxisNames = str | Sequence[str]
 IndexGroups = Sequence[Sequence[int]]
 
@@ -48,7 +49,7 @@ class Layer(Protocol):
 
 def call_batch_norm(
     layer: Layer,
-    params: BatchNormParams,
+    params: AnyParams,
     state: BatchNormState,
     x: Array,
     *,
@@ -77,16 +78,19 @@ def call_batch_norm(
         unbiased=unbiased,
         mask=flax_mask(mask),
         axis_name=axis_name,
-        axis_index_groups=None if axis_name is None else index_groups(layer),
+        axis_index_groups=index_groups(layer, axis_name),
         dtype=dtype,
         autodiff=autodiff,
     )
 
 
-def index_groups(layer: Layer) -> IndexGroups | None:
-    """Return the layer's groups; Flax takes NumPy arrays too."""
+def index_groups(layer: Layer, axis_name: AxisNames | None) -> Groups | None:
+    """Return the layer's groups, which may be a NumPy array; none without an axis."""
     groups = layer.axis_index_groups
-    return groups.tolist() if isinstance(groups, np.ndarray) else groups
+    if axis_name is None:
+        return None
+    groups = groups.tolist() if isinstance(groups, np.ndarray) else groups
+    return check_groups(groups, axis_name)
 
 
 def ascending_axes(axis: int | Sequence[int], ndim: int) -> Axes:

@@ -24,13 +24,12 @@ def accumulate_call(
     axis_name: tuple[str, ...] | None,
 ) -> Accumulator:
     """Accumulate the input of one call of a layer."""
-    groups = None if axis_name is None else index_groups(layer)
     new = Accumulator.from_batch(
         x,
         check_mask(flax_mask(mask), x.shape),
         ascending_axes(layer.axis, x.ndim),
         axis_name,
-        None if groups is None else tuple(map(tuple, groups)),
+        index_groups(layer, axis_name),
     )
     check_same_features(new.mean.shape, old.mean.shape)
     # The mean turns complex with the first complex x.
@@ -69,7 +68,7 @@ def _new_statistics(
     return {key: _as_stored(value, stats[key]) for key, value in new.items()}
 
 
-def _as_stored(value: np.ndarray, old: Array) -> Array:
+def _as_stored(value: Array | np.ndarray, old: Array) -> Array:
     """Convert to the dtype and sharding of `old`; a complex mean stays complex."""
     is_complex = np.iscomplexobj(value)
     dtype = accumulation_dtype(old.dtype, jnp.complex64) if is_complex else old.dtype

@@ -1,6 +1,6 @@
 """The layer for Flax linen, and its computation, which serves Flax's own layers too."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import field
 from functools import partial
 from typing import Literal
@@ -9,9 +9,10 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from flax.linen.dtypes import canonicalize_dtype
+from flax.typing import Initializer
 from jax.typing import ArrayLike
 
-from .._core.variables import BatchNormParams
+from .._core.variables import AnyParams, BatchNormParams
 from .._flax.layer import (
     AxisNames,
     as_inexact,
@@ -76,6 +77,7 @@ class BatchNorm(nn.BatchNorm):
 
     axis: int | Sequence[int] = -1  # pyright: ignore[reportIncompatibleVariableOverride]
     momentum: float | None = 0.99  # pyright: ignore[reportIncompatibleVariableOverride]
+    axis_name: str | Sequence[str] | None = None  # pyright: ignore[reportIncompatibleVariableOverride]
     unbiased: bool = field(default=False, kw_only=True)
     autodiff: Literal["custom_vjp", "jax"] = field(default="custom_vjp", kw_only=True)
 
@@ -170,10 +172,8 @@ def _statistics(
     return stats
 
 
-def _params(layer: nn.BatchNorm, shape: tuple[int, ...]) -> BatchNormParams:
-    def param(
-        name: str, used: bool, init: Callable[..., jax.Array]
-    ) -> jax.Array | None:
+def _params(layer: nn.BatchNorm, shape: tuple[int, ...]) -> AnyParams:
+    def param(name: str, used: bool, init: Initializer) -> jax.Array | None:
         if not used:
             return None
         value = layer.param(name, init, shape, layer.param_dtype)

@@ -6,13 +6,14 @@ from inspect import unwrap
 
 from flax import linen as nn
 from jax import Array
+from jax.typing import ArrayLike
 from jaxtyping import PyTree
 
 NextCall = Callable[..., Array]
 
 
 def intercept_calls(
-    kinds: Iterable[type[nn.Module]], replacement: Callable[..., Array]
+    kinds: Iterable[type[nn.Module]], replacement: Callable[..., ArrayLike]
 ) -> AbstractContextManager[None]:
     """Replace the `__call__` of these classes, also where a subclass calls it.
 

@@ -74,7 +74,7 @@ def population(
     check_has_batch_norm(
         paths, "population needs variables with batch_stats of a batch norm layer; got"
     )
-    flat = flatten_dict(unfreeze(stats), keep_empty_nodes=True)
+    flat: dict[Path, PyTree] = flatten_dict(unfreeze(stats), keep_empty_nodes=True)
     old = {name: _statistics(flat, path) for name, path in paths.items()}
     # Bound methods are hashed by the identity of their object: any model will do.
     measure = partial(_measure, model.apply, call, variables)
@@ -108,16 +108,16 @@ def _measure(
     The accumulators are in `batch_stats`, beside mean and var and in the same shape,
     since lifted transformations (scan, vmap, remat) carry, split and stack the three.
     """
-    flat = flatten_dict(unfreeze(variables["batch_stats"]))
-    for path in batch_norm_paths(variables["batch_stats"]):
+    stats = variables["batch_stats"]
+    flat: dict[Path, PyTree] = flatten_dict(unfreeze(stats))
+    for path in batch_norm_paths(stats):
         flat[*path, _ACCUMULATOR] = Accumulator.empty(flat[*path, "mean"])
     start = {**variables, "batch_stats": unflatten_dict(flat)}
     kinds = (nn.BatchNorm, BatchNorm)
     with measuring(True), intercept_calls(kinds, _accumulate_and_apply):
         _, updates = apply(start, batch, method=call, mutable=["batch_stats"])
-    stats = updates["batch_stats"]
-    flat = flatten_dict(unfreeze(stats))
-    paths = paths_with(stats, _ACCUMULATOR)
+    flat = flatten_dict(unfreeze(updates["batch_stats"]))
+    paths = paths_with(updates["batch_stats"], _ACCUMULATOR)
     return {join(path): flat[*path, _ACCUMULATOR] for path in paths}
 
 

@@ -10,8 +10,7 @@ from flax import linen as nn
 from jax import Array
 from jaxtyping import PyTree
 
-from .._core.batch_norm import check_autodiff
-from .._flax.layer import Autodiff
+from .._core.options import Autodiff, check_autodiff
 from ._batch_norm import apply_layer
 from ._intercept import NextCall, intercept_calls
 from ._population import measuring

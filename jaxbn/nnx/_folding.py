@@ -20,7 +20,7 @@ from .._flax.folding import (
 from .._flax.paths import Path, split
 from .._inference.folding import fold as fold_layer
 from ._batch_norm import BatchNorm
-from ._graph import get, put
+from ._graph import get, iterate, put
 
 Model = TypeVar("Model")
 Layer = nnx.Linear | nnx.LinearGeneral | nnx.Conv | nnx.ConvTranspose
@@ -100,11 +100,11 @@ class FoldedBatchNorm(nnx.Module):
 
 
 def _pairs_in_sequentials(model: object) -> Iterator[tuple[Path, Path]]:
-    """Yield the paths of each layer and of the batch norm after it, by `nnx.Sequential`.
+    """Yield the paths of each layer and the batch norm after it in a Sequential.
 
-    A Sequential with its own `__call__` is left out: it may call others between them.
+    A Sequential with its own `__call__` is left out: it may call both in another way.
     """
-    for path, node in nnx.iter_graph(model, graph=True):
+    for path, node in iterate(model):
         if isinstance(node, nnx.Sequential) and uses_call_of(node, (nnx.Sequential,)):
             for i, (layer, norm) in enumerate(pairwise(node.layers)):
                 if uses_call_of(layer, LAYERS) and uses_call_of(norm, NORMS):

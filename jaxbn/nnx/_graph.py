@@ -1,5 +1,6 @@
 """The modules in an nnx model: iterate, get, put, change the class."""
 
+from collections.abc import Iterator
 from functools import reduce
 from typing import TypeVar, cast
 
@@ -12,9 +13,14 @@ from .._flax.paths import Path
 Kind = TypeVar("Kind", bound=nnx.BatchNorm)
 
 
+def iterate(model: PyTree) -> Iterator[tuple[Path, object]]:
+    """Yield each node with its path, once even if it is shared."""
+    return cast(Iterator[tuple[Path, object]], nnx.iter_graph(model, graph=True))
+
+
 def batch_norms(model: PyTree) -> dict[Path, nnx.BatchNorm]:
-    """Return all batch norms, subclasses included, each once even if it is shared."""
-    nodes = nnx.iter_graph(model, graph=True)
+    """Return all batch norms by their paths, subclasses included."""
+    nodes = iterate(model)
     return {path: node for path, node in nodes if isinstance(node, nnx.BatchNorm)}
 
 

@@ -7,7 +7,7 @@ from .._flax.folding import check_has_batch_norm
 from ._graph import batch_norms
 
 
-def batch_norm_mask(model: PyTree) -> nnx.State:
+def batch_norm_mask(model: PyTree) -> PyTree:
     """Mark the batch norms' parameters in an nnx model: a mask for optax.
 
     Three things can be frozen. The statistics: set

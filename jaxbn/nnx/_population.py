@@ -93,7 +93,7 @@ def population(
 def _measure(
     graphdef: nnx.GraphDef[Model],
     call: Callable[[Model, PyTree], object],
-    state: nnx.State,
+    state: PyTree,
     batch: PyTree,
 ) -> dict[str, Accumulator]:
     """Accumulate one batch in every layer of a copy of the model."""
@@ -135,7 +135,7 @@ class _MeasuredBatchNorm(BatchNorm):
 
 
 @cache
-def _measured(kind: type[nnx.BatchNorm]) -> type[_MeasuredBatchNorm]:
+def _measured(kind: type) -> type[_MeasuredBatchNorm]:
     """Return `kind` with its parent's `__call__` replaced by `_MeasuredBatchNorm`'s.
 
     Python's order of inheritance is `kind`, `_MeasuredBatchNorm`, jaxbn's layer,

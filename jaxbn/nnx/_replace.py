@@ -4,7 +4,7 @@ from typing import Literal, TypeVar
 
 from flax import nnx
 
-from .._core.batch_norm import check_autodiff
+from .._core.options import check_autodiff
 from ._batch_norm import BatchNorm
 from ._graph import batch_norms, replace_class
 
