@@ -19,7 +19,7 @@ from .._core.sync import Groups, check_groups
 from .._core.variables import AnyParams, BatchNormState
 
 AxisNames = str | Sequence[str]
-IndexGroups = Sequence[Sequence[int]]
+IndexGroups = Sequence[Sequence[int]] | np.ndarray
 
 
 @runtime_checkable

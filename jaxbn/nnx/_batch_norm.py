@@ -15,7 +15,6 @@ from jaxtyping import PyTree
 from .._core.variables import BatchNormParams
 from .._flax.layer import (
     AxisNames,
-    IndexGroups,
     as_inexact,
     call_batch_norm,
     make_state,
@@ -93,7 +92,7 @@ class BatchNorm(nnx.BatchNorm):
         bias_init: Initializer = nnx.initializers.zeros_init(),  # noqa: B008
         scale_init: Initializer = nnx.initializers.ones_init(),  # noqa: B008
         axis_name: str | Sequence[str] | None = None,
-        axis_index_groups: IndexGroups | None = None,
+        axis_index_groups: Sequence[Sequence[int]] | None = None,
         use_fast_variance: bool = True,
         promote_dtype: Callable[..., PyTree] = dtypes.promote_dtype,
         unbiased: bool = False,
