@@ -1,111 +1,115 @@
-"""The pure function: four rooms, and the data flows one way through them.
+"""The public function: validate the arguments, then four steps.
 
 x → moments → merge → running statistics → normalize → y.
 """
 
+from __future__ import annotations  # for a signature that `help` prints as written here
+
 from collections.abc import Sequence
 from functools import partial
-from typing import Any, Literal, NamedTuple
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jax import Array, lax
+from jax import Array
 from jax.typing import ArrayLike, DTypeLike
 from jaxtyping import Inexact
 
-from .axes import squeeze_features, reduction_axes, expand_features
-from .checks import (
+from .axes import check_axis, expand_features, reduction_axes, squeeze_features
+from .dtypes import accumulation_dtype, real_dtype
+from .moments import Moments, check_mask, moments
+from .normalize import normalize
+from .options import (
+    StaticOptions,
     check_autodiff,
-    check_axis,
-    check_groups,
-    check_input,
-    check_mask,
-    check_numbers,
+    check_epsilon,
+    check_momentum,
     check_output_dtype,
     check_train,
-    check_variables,
-    explain_refused_groups,
+    check_unbiased,
 )
-from .dtypes import real_dtype, accumulation_dtype
-from .moments import moments
-from .normalize import normalize
-from .rows import Count
-from .running import absorb
+from .running import update_running_stats
 from .sharding import shard_like
-from .sync import merge
-from .variables import BatchNormParams, BatchNormState
+from .sync import check_axis_name, check_groups, merge
+from .variables import (
+    AnyParams,
+    BatchNormState,
+    check_kinds,
+    check_variables,
+)
 
 
 def batch_norm(
-    params: BatchNormParams,
+    params: AnyParams,
     state: BatchNormState,
     x: ArrayLike,
-    train: bool | Any,  # Any, like Any below: our own error reports what is refused
+    train: bool,
     *,
     axis: int | Sequence[int] = -1,
-    momentum: float | Any | None = 0.99,
-    epsilon: float | Any = 1e-5,
+    momentum: ArrayLike | None = 0.99,
+    epsilon: ArrayLike = 1e-5,
     unbiased: bool = True,
     mask: ArrayLike | None = None,
     axis_name: str | Sequence[str] | None = None,
     axis_index_groups: Sequence[Sequence[int]] | None = None,
     dtype: DTypeLike | None = None,
-    autodiff: Literal["custom_vjp", "jax"] | Any = "custom_vjp",
-) -> tuple[Inexact[Array, "..."], BatchNormState]:
-    r"""Normalize `x` over all axes but the feature axes, and update the statistics.
+    autodiff: Literal["custom_vjp", "jax"] = "custom_vjp",
+) -> tuple[Inexact[Array, ...], BatchNormState]:
+    """Normalize `x` over all axes but the feature axes.
 
-    $$y = \frac{x - \mu}{\sqrt{\sigma^2 + \epsilon}} \cdot scale + bias$$
+        y = (x - μ) / √(σ² + ε) · scale + bias
 
-    With `train=True`, μ and σ² are the mean and the biased variance of this batch and
-    the running statistics absorb them; with `train=False` they are the running ones,
-    which are returned as they came.
+    With `train=True`, μ and σ² are the mean and the biased variance of this batch, and
+    update the running statistics. With `train=False` they are the running statistics,
+    which are returned unchanged.
 
     **Arguments**
 
     - `params`, `state`: from `jaxbn.init`, in the features' shape: `x.shape[axis]`, or
       the lengths of the axes in the order of `axis`.
-    - `x`: floating or complex, one axis or more.
+    - `x`: floating or complex, with at least one axis.
     - `train`: a Python bool, static under `jit`, like all options but `mask`.
-    - `axis`: the feature axis or axes, anywhere, negative ones counted from the end.
-    - `momentum`: what the running statistics keep at each step, `running = momentum ·
-      running + (1 - momentum) · batch`, as in Flax; PyTorch's momentum is 1 - ours.
-      `None`: the average of all batches with equal weight, E[μ_B] and E[σ²_B]. The
-      weight is 1 / (`count` + 1) for all channels alike: a channel that was wholly
-      masked in some batch counts that batch as its running statistics.
+    - `axis`: the feature axis or axes, anywhere; negative axes count from the end.
+    - `momentum`: the share of the old running statistics that is kept at each step:
+      `running = momentum · running + (1 - momentum) · batch`, as in Flax. It is 1
+      minus PyTorch's momentum. `None` takes the average of all batches with equal
+      weight, E[μ_B] and E[σ²_B]. The weight is 1 / (`count` + 1) for all features
+      alike: a feature that was wholly masked in some batch counts that batch as its
+      running statistics.
     - `epsilon`: added to the variance.
-    - `unbiased`: the running variance absorbs n/(n-1)·σ² (the paper, PyTorch), else σ²
-      (Flax). y always uses σ².
+    - `unbiased`: the running variance is updated with n/(n-1)·σ² (the paper, PyTorch),
+      or with σ² (Flax) if `False`. y always uses σ².
     - `mask`: bool, integer or floating, of any shape that broadcasts to `x`. Its
-      values weigh the statistics: 0 leaves a position out, 2 counts it twice, so that
-      n = Σ mask (scale sample weights to an average of about 1: n = 1 says nothing
-      about a variance). y is computed at every position. No gradient flows to the
-      mask. What is masked may be inf or NaN, but not where gradients are wanted.
-    - `axis_name`: mapped axis or axes (`shard_map`, `pmap`, `vmap`) over which the
-      statistics are those of the whole batch, weighted by count. Ignored with
-      `train=False`. `jit` with sharded arrays needs none.
+      values weight the statistics: 0 leaves an element out, 2 counts it twice, and
+      n = Σ mask (scale sample weights to an average of about 1). y is computed at
+      every position. No gradient flows to the mask. Masked elements may be inf or NaN,
+      but not if gradients are taken.
+    - `axis_name`: the mapped axis or axes (`shard_map`, `pmap`, `vmap`) over which the
+      statistics are those of the whole batch, weighted by n. It is ignored with
+      `train=False`, and `jit` with sharded arrays needs none.
     - `axis_index_groups`: lists of axis indices that share statistics, as in
-      `jax.lax.psum`; the groups partition the axis. JAX has them under `pmap` and
+      `jax.lax.psum`; the groups partition the axis. JAX supports them under `pmap` and
       under `shard_map` with `check_vma=False`.
-    - `dtype`: of y; that of `x` unless given.
+    - `dtype`: the dtype of y; that of `x` if `None`.
     - `autodiff`: `"custom_vjp"` differentiates by the closed form and saves only `x`
-      and per-channel vectors. Use `"jax"`, the same formula in plain JAX, where a
-      `custom_vjp` is refused: `jax.jvp`, `jax.jacfwd`, `jax.linearize`. Complex `x` is
-      always served by it.
+      and per-feature vectors. Use `"jax"`, the same formula in plain JAX, for the
+      transformations that refuse a `custom_vjp`: `jax.jvp`, `jax.jacfwd`,
+      `jax.linearize`. Complex `x` always uses it.
 
     **Returns** `(y, new_state)`. Statistics are accumulated in float32 or wider, and
     the state keeps its dtypes; only a real mean becomes complex, by the first complex
-    `x` (to `scan`, start from `init(..., param_dtype=jnp.complex64)`). A channel with
-    n = 0 takes the running statistics for y; one with n ≤ 1, or whose moments the
-    state's dtype cannot hold, leaves its running statistics as they were. `count` grows
-    by 1 where any channel absorbed the batch.
+    `x` (for `scan`, start from `init(..., param_dtype=jnp.complex64)`). y of a feature
+    with n = 0 uses the running statistics. A batch updates a feature's running
+    statistics if n > ddof, with ddof = 1 for `unbiased=True` and 0 for
+    `unbiased=False`, and if the state's dtype can hold its moments. `count` grows by 1
+    if any feature was updated.
 
     **Raises** `ValueError` for shapes and options, `TypeError` for dtypes and kinds,
     while tracing.
 
-    Against Flax: the variance is stable (Flax's default cancels for large means),
-    masked statistics are weighted by count over devices, an empty batch is harmless,
-    and the running variance is unbiased unless asked.
+    Differences from Flax: the variance is numerically stable (Flax's default cancels
+    for large means), masked statistics are weighted by n over devices, an empty batch
+    changes nothing, and the running variance is unbiased by default.
 
     Source: S. Ioffe and C. Szegedy, "Batch Normalization: Accelerating Deep Network
     Training by Reducing Internal Covariate Shift",
@@ -125,142 +129,104 @@ def batch_norm(
     Array([[-0.707, -0.707],
            [ 0.707,  0.707]], dtype=float32)
     """
-    options = Options(
-        train=train,
-        axis=axis,
-        momentum=momentum,
-        epsilon=epsilon,
-        unbiased=unbiased,
-        axis_name=axis_name,
-        axis_index_groups=axis_index_groups,
-        dtype=dtype,
-        autodiff=autodiff,
-    )
-    return apply(params, state, x, mask, options)
-
-
-class Options(NamedTuple):
-    """What is static in a call: a change of it is another program."""
-
-    train: Any
-    axis: Any
-    momentum: Any
-    epsilon: Any
-    unbiased: Any
-    axis_name: Any
-    axis_index_groups: Any
-    dtype: Any
-    autodiff: Any = "custom_vjp"
-    # The running statistics absorb a batch whose count is above this. Flax's layers
-    # have 0: they take one row's variance of 0 for what it is.
-    idle_count: int = 1
-
-
-def apply(
-    params: BatchNormParams,
-    state: BatchNormState,
-    x: ArrayLike,
-    mask: ArrayLike | None,
-    options: Options,
-) -> tuple[Array, BatchNormState]:
-    """`batch_norm` by its options: check all that came, then run."""
+    check_kinds(params, state)
     x = check_input(x)
-    options = _checked(options, x)
+    options = StaticOptions(
+        train=check_train(train),
+        axis=check_axis(axis, x.ndim),
+        momentum=check_momentum(momentum),
+        epsilon=check_epsilon(epsilon),
+        unbiased=check_unbiased(unbiased),
+        axis_name=check_axis_name(axis_name),
+        axis_index_groups=check_groups(axis_index_groups, axis_name),
+        dtype=check_output_dtype(dtype, x.dtype),
+        autodiff=check_autodiff(autodiff),
+    )
     arrays = check_variables(params, state, x, options.axis)
-    mask = None if mask is None else lax.stop_gradient(check_mask(mask, x.shape))
-    with explain_refused_groups(options.axis_index_groups):
-        y, new_state = _batch_norm(*arrays, x, mask, options)
+    y, new_state = _batch_norm(*arrays, x, check_mask(mask, x.shape), options)
     return y, new_state if options.train else state
 
 
-def _checked(options: Options, x: Array) -> Options:
-    """The options as the rooms take them, hashable and without a doubt."""
-    momentum, epsilon = check_numbers(options.momentum, options.epsilon)
-    axis_name = _hashable(options.axis_name)
-    groups = check_groups(_hashable(options.axis_index_groups), axis_name)
-    return options._replace(
-        train=check_train(options.train),
-        axis=check_axis(options.axis, x.ndim),
-        momentum=momentum,
-        epsilon=epsilon,
-        unbiased=bool(options.unbiased),
-        axis_name=axis_name,
-        axis_index_groups=groups,
-        dtype=check_output_dtype(options.dtype, x.dtype),
-        autodiff=check_autodiff(options.autodiff),
-    )
+def check_input(x: ArrayLike) -> Array:
+    """Return `x` as a floating or complex array with at least one axis."""
+    x = jnp.asarray(x)
+    if not jnp.issubdtype(x.dtype, jnp.inexact):
+        raise TypeError(
+            f"x must be floating or complex; got {x.dtype} of shape {x.shape}. "
+            "Cast it first, for instance x.astype(jnp.float32)."
+        )
+    if x.ndim == 0:
+        raise ValueError(
+            f"x must have at least one axis, the features; got shape (), {x.dtype}. "
+            "Give a single value the shape (1, 1): one row, one feature."
+        )
+    return x
 
 
 @partial(jax.jit, inline=True, static_argnames="options")
 def _batch_norm(
-    params: BatchNormParams,
+    params: AnyParams,
     state: BatchNormState,
     x: Array,
     mask: Array | None,
-    options: Options,
+    options: StaticOptions,
 ) -> tuple[Array, BatchNormState]:
-    """Run the four rooms, with every vector laid out along x's feature axes."""
+    """Run the four steps, with every vector expanded to x's rank."""
     axes = reduction_axes(options.axis, x.ndim)
     closed_form = options.autodiff == "custom_vjp" and not jnp.iscomplexobj(x)
+    acc_dtype = accumulation_dtype(x.dtype, state.mean.dtype, real_dtype(options.dtype))
 
-    def lay_out(vector: Array) -> Array:
+    def expand(vector: Array) -> Array:
         return shard_like(expand_features(vector, options.axis, x.ndim), x)
 
-    def take_back(stats: Array, vector: Array) -> Array:
+    def squeeze(stats: Array, vector: Array) -> Array:
         return shard_like(squeeze_features(stats, options.axis), vector)
 
+    # The gradient leaves through x_acc, so that the two parts, from moments and from
+    # normalize, are added before they are rounded to x's dtype. The values come from
+    # x, which is saved.
+    x_acc = x.astype(acc_dtype)
     mask = None if mask is None else shard_like(mask, x)
-    running = state._replace(mean=lay_out(state.mean), var=lay_out(state.var))
-    # The gradient leaves through x_wide, so that what moments and normalize each add
-    # to it is rounded to x's dtype once; the values come from x, which is saved.
-    wide = accumulation_dtype(x.dtype, state.mean.dtype, real_dtype(options.dtype))
-    x_wide = x.astype(wide)
+    scale, bias = map(expand, _fill_missing_params(params, state.mean))
+    running = state._replace(mean=expand(state.mean), var=expand(state.var))
     mean, var = running.mean, running.var
     if options.train:
-        local = moments(x_wide, x, mask, axes, closed_form=closed_form)
-        batch = merge(local, options.axis_name, options.axis_index_groups)
-        mean = _or(batch.count, batch.mean, mean)
-        var = _or(batch.count, batch.var, var)
-        running = absorb(
-            running, batch, options.momentum, options.unbiased, options.idle_count
+        with jax.named_scope("jaxbn.moments"):
+            local = moments(x_acc, x, mask, axes, closed_form=closed_form)
+        with jax.named_scope("jaxbn.merge"):
+            batch = merge(local, options.axis_name, options.axis_index_groups)
+        mean, var = _batch_or_running(batch, running)
+        with jax.named_scope("jaxbn.update_running_stats"):
+            running = update_running_stats(
+                running, batch, options.momentum, options.unbiased
+            )
+    with jax.named_scope("jaxbn.normalize"):
+        y = normalize(
+            *(x_acc, x, mean, var, scale, bias),
+            epsilon=options.epsilon,
+            axes=axes,
+            dtype=options.dtype,
+            closed_form=closed_form,
         )
-    scale, bias = _affine(params, state.mean)
-    y = normalize(
-        x_wide,
-        x,
-        mean,
-        var,
-        lay_out(scale),
-        lay_out(bias),
-        epsilon=options.epsilon,
-        axes=axes,
-        dtype=options.dtype,
-        closed_form=closed_form,
-    )
-    mean = take_back(running.mean, state.mean)
-    var = take_back(running.var, state.var)
+    mean, var = squeeze(running.mean, state.mean), squeeze(running.var, state.var)
     return y, BatchNormState(mean, var, running.count)
 
 
-def _or(count: Count, batch: Array, running: Array) -> Array:
-    """The batch's statistic, of no rows the running one."""
-    if isinstance(count, int) and count > 0:
-        return batch
-    return jnp.where(count > 0, batch, running.astype(batch.dtype))
+def _batch_or_running(batch: Moments, running: BatchNormState) -> tuple[Array, Array]:
+    """Return the batch statistics, or the running ones for features with n = 0."""
+    n, mean, var = batch.n, batch.mean, batch.var
+    if isinstance(n, int) and n > 0:
+        return mean, var
+    return (
+        jnp.where(n > 0, mean, running.mean.astype(mean.dtype)),
+        jnp.where(n > 0, var, running.var.astype(var.dtype)),
+    )
 
 
-def _affine(params: BatchNormParams, mean: Array) -> tuple[Array, Array]:
-    """Scale and bias as arrays: 1 and 0 in the place of `None`."""
+def _fill_missing_params(params: AnyParams, mean: Array) -> tuple[Array, Array]:
+    """Return scale and bias as arrays: 1 and 0 if they are `None`."""
     scale, bias = params
     return (
         jnp.ones_like(mean) if scale is None else scale,
         jnp.zeros_like(mean) if bias is None else bias,
     )
-
-
-def _hashable(names: Any) -> Any:
-    """Lists and arrays as tuples, so that jit can take them as static arguments."""
-    names = names.tolist() if isinstance(names, np.ndarray) else names
-    if isinstance(names, Sequence) and not isinstance(names, str):
-        return tuple(map(_hashable, names))
-    return names

@@ -1,170 +1,277 @@
-"""The sums of each channel that read x: two forward, two backward.
+"""Weighted sums over the elements of each feature, in the form each platform likes.
 
-The one module that knows platforms, for what XLA makes of two sums that share terms:
+The sums that read x (two forward, two backward) are the one part of the package that
+knows platforms, because XLA treats two sums that share terms differently:
 
-- CPU: a sum of x, x² or dy·x runs at the speed of memory, but a cast that two sums
-  share is first written out, and so is a vector that one subtracts. There each sum has
-  x to itself, and sums about 0 serve where they do not cancel.
-- CUDA: each sum is priced alone, and terms that two share may be written out. There
-  both are one sum of complex numbers.
-- elsewhere: two plain sums, which XLA joins.
+- CPU: a sum of x, x² or dy·x runs at memory speed, but a cast that two sums share is
+  written out first, and so is a subtracted vector. Each sum therefore reads x by
+  itself, and unshifted sums serve where they do not cancel.
+- CUDA: XLA prices each sum alone and may write out the terms that two sums share. Both
+  are therefore one sum of complex numbers.
+- elsewhere: two plain sums, which XLA fuses.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
-from typing import Any
+from typing import NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
 from jax.typing import DTypeLike
+from jaxtyping import Bool, Float, Inexact, Real
 
 from .axes import Axes
-from .rows import abs_square, count_rows, per_row, row_sum, weigh
+from .dtypes import real_dtype
 
 Pair = tuple[Array, Array]
-Sums = Callable[[Array, Array, Axes], Pair]
+SumPair = Callable[[Array, Array, Axes], Pair]
+# The number of elements: a Python int unless x is masked, so that dividing by it, or
+# comparing with it, costs no operation.
+Count = Array | int
 
-ROWS_PER_SAMPLE = 64
+T = TypeVar("T")
+
+SAMPLE_STRIDE = 64
 
 # With |μ|² ≤ 16 σ², Σx² - n|μ|² is at least 1/17 of Σx²: at most 4 of 24 bits are lost.
-NEAR_ZERO = 16
+MAX_SQUARED_MEAN_TO_VAR = 16
 
-# Below this many values a conditional costs a CPU more than the sums that it saves.
-FEW_VALUES = 2**14
+# For smaller arrays a conditional costs a CPU more than the sums that it saves.
+MIN_SIZE_FOR_COND = 2**14
+
+
+class Weights(NamedTuple):
+    """Hold the mask as it was passed, and n = Σ w over the reduction axes."""
+
+    mask: Real[Array, "*#x"] | Bool[Array, "*#x"]
+    n: Float[Array, "*#stats"]
+
+
+def sum_weights(
+    x: Inexact[Array, "*x"],
+    mask: Real[Array, "*#x"] | Bool[Array, "*#x"] | None,
+    axes: Axes,
+    dtype: DTypeLike,
+) -> Weights | None:
+    """Sum the mask over `axes`, in `dtype`; `None` without a mask."""
+    if mask is None:
+        return None
+    copies = _product(x.shape[a] for a in axes if mask.shape[a] == 1)
+    return Weights(mask, copies * sum_over(mask.astype(real_dtype(dtype)), axes))
+
+
+def num_elements(x: Array, weights: Weights | None, axes: Axes) -> Count:
+    """Return n, the number of elements of each feature: Σ w if x is masked."""
+    if weights is None:
+        return _product(x.shape[a] for a in axes)
+    return weights.n
+
+
+def _product(lengths: Iterable[int]) -> Count:
+    """Multiply lengths: an int, unless `jax.export` has symbols for lengths."""
+    product = math.prod(lengths)
+    return product if isinstance(product, int) else jnp.asarray(product, jnp.float32)
+
+
+def sum_over(x: Array, axes: Axes) -> Array:
+    """Sum over `axes`, which stay with length 1."""
+    return jnp.sum(x, axes, keepdims=True)
+
+
+def apply_weights(x: Inexact[Array, "*x"], weights: Weights | None) -> Array:
+    """Return w·x, and 0 where w is 0."""
+    if weights is None:
+        return x
+    w = weights.mask.astype(real_dtype(x.dtype))
+    # Selected, not only multiplied: padding may hold inf or NaN, and 0 · inf is NaN.
+    return w.astype(x.dtype) * jnp.where(w != 0, x, 0)
+
+
+def divide_by_count(total: Array, n: Count) -> Array:
+    """Return `total` / n, and `total`, which then is 0, where n is not positive."""
+    if isinstance(n, int):
+        return total / max(n, 1)
+    return total / jnp.where(n > 0, n, 1).astype(total.dtype)
+
+
+def abs_square(z: Array) -> Array:
+    """Return |z|², real also for complex z."""
+    return jnp.real(z * jnp.conj(z))
 
 
 def shifted_sums(
-    x: Array, weights: Array | None, axes: Axes, dtype: DTypeLike
+    x: Inexact[Array, "*x"], weights: Weights | None, axes: Axes, dtype: DTypeLike
 ) -> tuple[Array, Array, Array]:
-    """A shift s near the mean, Σ w(x-s) and Σ w|x-s|², of each channel in `dtype`.
+    """Return a shift s near the mean, Σ w(x-s) and Σ w|x-s|², of each feature.
 
     Any s gives the exact mean and variance (Chan, Golub & LeVeque, "Algorithms for
     Computing the Sample Variance", 1983); one near the mean keeps Σ|x-s|² from
     cancelling, as Σx² does. So s is a constant to autodiff.
     """
-
-    def about(shift: Array | int, sums: Sums, x: Array, again: Array) -> Pair:
-        deviation, other = x.astype(dtype) - shift, again.astype(dtype) - shift
-        return sums(weigh(deviation, weights), weigh(abs_square(other), weights), axes)
-
-    def about_sample(sums: Sums, x: Array, again: Array) -> tuple[Array, Array, Array]:
-        shift = lax.stop_gradient(_sample_mean(x, weights, axes, dtype))
-        return shift, *about(shift, sums, x, again)
-
-    def about_zero_if_near(x: Array) -> tuple[Array, Array, Array]:
-        total, squares = about(0, _two_sums, *_apart(x, x))
-        count = count_rows(x, weights, axes)
-        mean = per_row(total, count)
-        var = per_row(squares, count) - abs_square(mean)
-        return lax.cond(
-            _is_near_zero(mean, var),
-            lambda: (jnp.zeros_like(total), total, squares),
-            lambda: about_sample(_two_sums, *_apart(x, x)),
-        )
-
+    static = {"axes": axes, "dtype": dtype}
+    by_sample = partial(_sums_shifted_by_sample, **static)
     return _on_platform(
         x,
-        cpu=about_zero_if_near,
-        cuda=lambda x: about_sample(_packed_sums, x, x),
-        default=lambda x: about_sample(_two_sums, x, x),
+        weights,
+        cpu=partial(_sums_unshifted_if_safe, **static),
+        cuda=lambda x, w: by_sample(x, x, w, sum_pair=_packed_sums),
+        default=lambda x, w: by_sample(x, x, w, sum_pair=_two_sums),
     )
 
 
-def product_sums(dy: Array, x: Array, mean: Array, var: Array, axes: Axes) -> Pair:
-    """Σ dy and Σ dy·(x - μ) of each channel, in μ's dtype."""
+def _sums_unshifted_if_safe(
+    x: Array, weights: Weights | None, axes: Axes, dtype: DTypeLike
+) -> tuple[Array, Array, Array]:
+    """Return `shifted_sums` for s = 0 if they do not cancel, else for a sample mean."""
+    static = {"axes": axes, "dtype": dtype, "sum_pair": _two_sums}
+    total, squares = _sums_shifted_by(0, *_prevent_cse(x), weights, **static)
+    n = num_elements(x, weights, axes)
+    mean = divide_by_count(total, n)
+    var = divide_by_count(squares, n) - abs_square(mean)
+    return lax.cond(
+        _unshifted_is_safe(mean, var),
+        lambda: (jnp.zeros_like(total), total, squares),
+        lambda: _sums_shifted_by_sample(*_prevent_cse(x), weights, **static),
+    )
 
-    def products(dy: Array, x: Array, shift: Array | int) -> Array:
-        return dy.astype(mean.dtype) * (x.astype(mean.dtype) - shift)
 
-    def about_mean(sums: Sums, dy: Array, x: Array) -> Pair:
-        return sums(dy.astype(mean.dtype), products(dy, x, mean), axes)
+def _sums_shifted_by_sample(
+    x: Array,
+    x_copy: Array,
+    weights: Weights | None,
+    axes: Axes,
+    dtype: DTypeLike,
+    sum_pair: SumPair,
+) -> tuple[Array, Array, Array]:
+    """Return `shifted_sums` for the mean of a sample of `x`."""
+    shift = lax.stop_gradient(_shift_from_sample(x, weights, axes, dtype))
+    return shift, *_sums_shifted_by(shift, x, x_copy, weights, axes, dtype, sum_pair)
 
-    def about_zero_if_near(dy: Array, x: Array) -> Pair:
-        first, second = _apart(dy, dy)
-        total = row_sum(first.astype(mean.dtype), axes)
-        return total, lax.cond(
-            _is_near_zero(mean, var),
-            lambda: row_sum(products(second, x, 0), axes) - mean * total,
-            lambda: row_sum(products(second, x, mean), axes),
-        )
 
+def _sums_shifted_by(
+    shift: Array | int,
+    x: Array,
+    x_copy: Array,
+    weights: Weights | None,
+    axes: Axes,
+    dtype: DTypeLike,
+    sum_pair: SumPair,
+) -> Pair:
+    """Return Σ w(x-s) and Σ w|x-s|², the second from `x_copy`."""
+    deviation, other = x.astype(dtype) - shift, x_copy.astype(dtype) - shift
+    terms = apply_weights(deviation, weights), apply_weights(abs_square(other), weights)
+    return sum_pair(*terms, axes)
+
+
+def product_sums(
+    dy: Inexact[Array, "*x"],
+    x: Inexact[Array, "*x"],
+    mean: Float[Array, "*stats"],
+    var: Float[Array, "*stats"],
+    axes: Axes,
+) -> Pair:
+    """Return Σ dy and Σ dy·(x - μ) of each feature, in the dtype of μ."""
     return _on_platform(
         dy,
         x,
-        cpu=about_zero_if_near,
-        cuda=partial(about_mean, _packed_sums),
-        default=partial(about_mean, _two_sums),
+        mean,
+        var,
+        cpu=partial(_products_unshifted_if_safe, axes=axes),
+        cuda=partial(_products_with_deviation, axes=axes, sum_pair=_packed_sums),
+        default=partial(_products_with_deviation, axes=axes, sum_pair=_two_sums),
     )
 
 
-def ready(*vectors: Array) -> tuple[Array, ...]:
-    """`vectors`, computed before the pass over x that they are for.
+def _products_with_deviation(
+    dy: Array, x: Array, mean: Array, var: Array, axes: Axes, sum_pair: SumPair
+) -> Pair:
+    del var
+    return sum_pair(dy.astype(mean.dtype), _products(dy, x, mean, mean), axes)
 
-    XLA:CPU computes what it fuses with a broadcast again for every value.
+
+def _products_unshifted_if_safe(
+    dy: Array, x: Array, mean: Array, var: Array, axes: Axes
+) -> Pair:
+    dy, dy_copy = _prevent_cse(dy)
+    total = sum_over(dy.astype(mean.dtype), axes)
+    return total, lax.cond(
+        _unshifted_is_safe(mean, var),
+        lambda: sum_over(_products(dy_copy, x, 0, mean), axes) - mean * total,
+        lambda: sum_over(_products(dy_copy, x, mean, mean), axes),
+    )
+
+
+def _products(dy: Array, x: Array, shift: Array | int, mean: Array) -> Array:
+    return dy.astype(mean.dtype) * (x.astype(mean.dtype) - shift)
+
+
+def materialize_on_cpu(*vectors: Array) -> tuple[Array, ...]:
+    """Compute `vectors` before the pass over x that uses them.
+
+    XLA:CPU repeats a computation that it fuses with a broadcast for every element.
     """
-
-    def cpu(*vectors: Array) -> tuple[Array, ...]:
-        return lax.optimization_barrier(vectors)
-
-    return lax.platform_dependent(*vectors, cpu=cpu, default=lambda *v: v)
+    return lax.platform_dependent(
+        *vectors, cpu=lambda *v: lax.optimization_barrier(v), default=lambda *v: v
+    )
 
 
-def _on_platform(*arrays: Array, **forms: Callable[..., Any]) -> Any:
-    """The platform's form of a sum; of few values everywhere the default one."""
-    size = arrays[0].size  # of symbols, under jax.export
-    if isinstance(size, int) and size < FEW_VALUES:
-        return forms["default"](*arrays)
-    return lax.platform_dependent(*arrays, **forms)
+def _on_platform(
+    x: Array, *operands: Array | Weights | None, **forms: Callable[..., T]
+) -> T:
+    """Call the platform's form; for small or symbolic `x` see `MIN_SIZE_FOR_COND`."""
+    if isinstance(x.size, int) and x.size < MIN_SIZE_FOR_COND:
+        return forms["default"](x, *operands)
+    return lax.platform_dependent(x, *operands, **forms)
 
 
 def _two_sums(a: Array, b: Array, axes: Axes) -> Pair:
-    return row_sum(a, axes), row_sum(b, axes)
+    return sum_over(a, axes), sum_over(b, axes)
 
 
 def _packed_sums(a: Array, b: Array, axes: Axes) -> Pair:
     if jnp.iscomplexobj(a):
         return _two_sums(a, b, axes)
-    both = row_sum(lax.complex(a, b), axes)
+    both = sum_over(lax.complex(a, b), axes)
     return jnp.real(both), jnp.imag(both)
 
 
-def _apart(*arrays: Array) -> tuple[Array, ...]:
-    """`arrays`, which XLA no longer knows to be the same: no cast serves two sums."""
-    return lax.optimization_barrier(arrays)
+def _prevent_cse(x: Array) -> Pair:
+    """Return `x` twice, as two arrays to XLA, so that no cast serves two sums."""
+    return lax.optimization_barrier((x, x))
 
 
-def _is_near_zero(mean: Array, var: Array) -> Array:
-    """Whether sums about 0 are as good as sums about the mean, in every channel.
+def _unshifted_is_safe(mean: Array, var: Array) -> Bool[Array, ""]:
+    """Decide whether unshifted sums are accurate enough for every feature.
 
-    Not so where the variance is NaN, from squares that overflowed.
+    They are not if the variance is NaN, from squares that overflowed.
     """
-    return jnp.all(abs_square(mean) <= NEAR_ZERO * var)
+    return jnp.all(abs_square(mean) <= MAX_SQUARED_MEAN_TO_VAR * var)
 
 
-def _sample_mean(
-    x: Array, weights: Array | None, axes: Axes, dtype: DTypeLike
+def _shift_from_sample(
+    x: Array, weights: Weights | None, axes: Axes, dtype: DTypeLike
 ) -> Array:
-    """The mean of a sample, for the price of a glance, or of all that a mask leaves.
+    """Estimate the mean from a small sample; with a mask, from all unmasked elements.
 
-    A mask may leave nothing of any sample, and so costs another pass over x.
+    A mask may leave out any sample, and so costs another pass over x.
     """
     if weights is None:
         x = _sample(x, axes)
-    total = row_sum(weigh(x.astype(dtype), weights), axes)
-    return per_row(total, count_rows(x, weights, axes))
+    total = sum_over(apply_weights(x.astype(dtype), weights), axes)
+    return divide_by_count(total, num_elements(x, weights, axes))
 
 
 def _sample(x: Array, axes: Axes) -> Array:
-    """A leading block of at least one row in `ROWS_PER_SAMPLE`, mostly contiguous.
+    """Return a leading block of one element in `SAMPLE_STRIDE`, mostly contiguous.
 
     The mean of any k of n values lies within √(n/k - 1) standard deviations of the
     mean of all, so that even a sample of outliers costs no more than a factor n/k ≤ 64
-    of float32's 6e-8. A single row could cost a factor n.
+    of float32's 6e-8. A single element could cost a factor n.
     """
     sharding = jax.typeof(x).sharding.spec
-    one_in = ROWS_PER_SAMPLE
+    one_in = SAMPLE_STRIDE
     for axis in (*axes[1:], *axes[:1]):  # the batch, which is often sharded, comes last
         whole = sharding[axis] is not None or not isinstance(x.shape[axis], int)
         if one_in > 1 and not whole:  # JAX will not slice a sharded or a symbolic axis

@@ -1,7 +1,4 @@
-"""The running statistics: what inference will use.
-
-Third room of four.
-"""
+"""The running statistics, which inference uses. Third step."""
 
 import jax.numpy as jnp
 from jax import Array
@@ -9,48 +6,45 @@ from jax.typing import DTypeLike
 from jaxtyping import Float, Int
 
 from .moments import Moments
-from .rows import per_row
+from .reductions import divide_by_count
 from .variables import BatchNormState
 
 
-def absorb(
-    state: BatchNormState,
-    batch: Moments,
-    momentum: float | None,
-    unbiased: bool,
-    idle_count: int = 1,
+def update_running_stats(
+    state: BatchNormState, batch: Moments, momentum: float | None, unbiased: bool
 ) -> BatchNormState:
-    """`state` after one more batch; the vectors of both have x's rank.
+    """Update the running statistics with one batch; all vectors have x's rank.
 
         running = keep · running + take · batch
 
-    with keep = momentum and take = 1 - momentum, or the equal-weight average of all
-    batches with keep = count / (count + 1) and take = 1 / (count + 1). A channel
-    whose rows number `idle_count` or fewer, or whose moments the state's dtype cannot
-    hold, stays as it was.
+    with keep = momentum and take = 1 - momentum, or, for the average of all batches
+    with equal weight, keep = count / (count + 1) and take = 1 / (count + 1). A feature
+    is updated if n > ddof, with ddof = 1 for the unbiased variance m2 / (n - 1) and 0
+    for the biased one, and if the state's dtype can hold its moments.
     """
-    keep, take = _shares(state.count, momentum, batch.var.dtype)
-    var = per_row(batch.m2, batch.count - 1) if unbiased else batch.var
-    usable = (
-        (batch.count > idle_count)
+    ddof = int(unbiased)
+    var = divide_by_count(batch.m2, batch.n - ddof)
+    is_updated = (
+        (batch.n > ddof)
         & jnp.isfinite(batch.mean.astype(state.mean.dtype))
         & jnp.isfinite(var.astype(state.var.dtype))
     )
+    keep, take = _update_weights(state.count, momentum, var.dtype)
 
     def update(running: Array, new: Array) -> Array:
         # The state keeps its dtype, so that a scan can carry it.
         old = running.astype(new.dtype)
         mixed = keep.astype(new.dtype) * old + take.astype(new.dtype) * new
-        return jnp.where(usable, mixed, old).astype(running.dtype)
+        return jnp.where(is_updated, mixed, old).astype(running.dtype)
 
     return BatchNormState(
         mean=update(state.mean, batch.mean),
         var=update(state.var, var),
-        count=state.count + jnp.any(usable).astype(state.count.dtype),
+        count=state.count + jnp.any(is_updated).astype(state.count.dtype),
     )
 
 
-def _shares(
+def _update_weights(
     count: Int[Array, ""], momentum: float | None, dtype: DTypeLike
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
     if momentum is not None:

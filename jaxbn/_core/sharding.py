@@ -1,42 +1,38 @@
-"""How arrays lie on the axes of a mesh, where JAX keeps account of it in their types.
+"""Agreement of operands on mesh axes, where JAX records them in an array's type.
 
-`shard_map` knows which axes an array varies over; axes of the explicit kind are part of
-an array's type under `jit`. Both want operands that agree.
+`shard_map` records the axes over which an array varies (vma); under `jit`, mesh axes of
+the explicit kind are part of an array's type. Operands must agree in both.
 """
-
-from typing import Any
 
 import jax
 from jax import Array, lax
 from jax.sharding import NamedSharding, PartitionSpec
 
 
-def vary_alike(*arrays: Any) -> tuple[Any, ...]:
-    """`arrays`, all marked as varying over every axis that one of them varies over.
+def match_vma(*trees: Array | tuple[Array, ...] | None) -> tuple:
+    """Mark all arrays as varying over every axis that one of them varies over.
 
-    A custom_vjp must return cotangents that vary as its arguments do. Marking the
-    arguments at the door makes its local sums right, and JAX adds them up over the
-    devices when it transposes the mark. `None` passes.
+    A custom_vjp must return cotangents that vary as its arguments do. With marked
+    arguments its local sums are right, and JAX adds them over the devices when it
+    transposes the mark.
     """
-    every = frozenset().union(*map(_varying, arrays))
-    return tuple(
-        lax.pcast(a, tuple(every - _varying(a)), to="varying")
-        if a is not None and every - _varying(a)
-        else a
-        for a in arrays
-    )
+    every = frozenset().union(*map(_varying_axes, jax.tree.leaves(trees)))
+
+    def mark(array: Array) -> Array:
+        missing = tuple(every - _varying_axes(array))
+        return lax.pcast(array, missing, to="varying") if missing else array
+
+    return jax.tree.map(mark, trees)
 
 
-def _varying(array: Any) -> frozenset[Any]:
-    if array is None:
-        return frozenset()
+def _varying_axes(array: Array) -> frozenset[str]:
     return jax.typeof(array).manual_axis_type.varying
 
 
 def shard_like(array: Array, x: Array) -> Array:
-    """`array`, sharded as `x` is along every axis that it has in common with it.
+    """Shard `array` as `x` along every axis of equal length, for explicit mesh axes.
 
-    For explicit mesh axes; elsewhere no array's type names any, and all are alike.
+    Elsewhere no array's type names a mesh axis, and `array` is returned unchanged.
     """
     sharding = jax.typeof(x).sharding
     spec = PartitionSpec(

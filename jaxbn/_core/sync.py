@@ -1,94 +1,167 @@
-"""The moments of the whole batch from those of each device's share of it.
+"""The moments of the whole batch from the moments of each device's share.
 
-Second room of four. Everything here is plain JAX on per-channel vectors, so that JAX
-itself derives the collective of the backward, and who sums which gradient.
+Second step. It is plain JAX on per-feature vectors, so that JAX itself derives the
+collective of the backward pass, and which device sums which gradient.
 """
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 from jaxtyping import Int
 
-from .checks import check_partition
 from .moments import Moments
-from .rows import abs_square, per_row
+from .reductions import abs_square, divide_by_count
 
 AxisName = str | tuple[str, ...]
 Groups = tuple[tuple[int, ...], ...]
 
-
 # One collective carries the moments of up to this many devices. Its bytes grow with the
-# devices, 12 for each channel and device: two small collectives move less beyond.
-MOST_SLOTS = 64
+# devices, 12 for each feature and device: two small collectives move less beyond.
+MAX_GATHERED_DEVICES = 64
+
+
+def check_axis_name(axis_name: str | Sequence[str] | None) -> AxisName | None:
+    """Return `axis_name` in a form that jit accepts as static."""
+    if axis_name is None or isinstance(axis_name, str):
+        return axis_name
+    return tuple(axis_name)
+
+
+def check_groups(
+    groups: Sequence[Sequence[int]] | None, axis_name: str | Sequence[str] | None
+) -> Groups | None:
+    """Return `groups` in a form that jit accepts as static."""
+    if groups is None:
+        return None
+    hashable = _as_tuples(groups)
+    if axis_name is None:
+        raise ValueError(
+            f"axis_index_groups needs an axis_name; got groups {hashable} without one. "
+            "Pass the name of the mapped axis that the groups divide."
+        )
+    return hashable
+
+
+def _as_tuples(groups: Any) -> Any:
+    """Convert nested sequences and arrays to tuples; `check_partition` sees inside."""
+    groups = groups.tolist() if isinstance(groups, np.ndarray) else groups
+    if isinstance(groups, Sequence) and not isinstance(groups, str):
+        return tuple(map(_as_tuples, groups))
+    return groups
+
+
+def check_partition(groups: Groups, size: int) -> None:
+    """Check that `groups` hold each index of an axis of `size` once."""
+    try:
+        indices = sorted(index for group in groups for index in group)
+    except TypeError:
+        indices = None
+    if indices != list(range(size)) or not all(groups):
+        raise ValueError(
+            "axis_index_groups must be lists of axis indices that hold each index of "
+            f"the axis once, here 0 to {size - 1}; got {groups}. For two groups of "
+            "neighbours on 4 devices pass [[0, 1], [2, 3]]."
+        )
 
 
 def merge(local: Moments, axis_name: AxisName | None, groups: Groups | None) -> Moments:
-    """Moments over every device of the axis, each weighted by its count.
+    """Merge the moments of every device of the axis, each weighted by its n.
 
         n = Σ nᵢ,   μ = Σ nᵢμᵢ / n,   m2 = Σ m2ᵢ + Σ nᵢ|μᵢ - μ|²
 
     Chan, Golub & LeVeque, "Updating Formulae and a Pairwise Algorithm for Computing
     Sample Variances", 1979, eq. 2.1, for any number of parts. Without an axis name,
-    `local` as it is.
+    `local` is returned unchanged.
     """
     if axis_name is None:
         return local
-    few = _members(axis_name, groups) <= MOST_SLOTS
-    counts, means, m2s = (
-        _gather(_arrays(local), axis_name, groups)
-        if few
-        else (m[None] for m in _arrays(local))
+    with _explain_collectives(axis_name, groups):
+        return _merge(local, axis_name, groups)
+
+
+def _merge(local: Moments, axis_name: AxisName, groups: Groups | None) -> Moments:
+    gathered = _num_devices(axis_name, groups) <= MAX_GATHERED_DEVICES
+    ns, means, m2s = (
+        _gather_moments(_as_arrays(local), axis_name, groups)
+        if gathered
+        else (m[None] for m in _as_arrays(local))
     )
 
     def total(*parts: Array) -> list[Array]:
         sums = [jnp.sum(part, 0) for part in parts]
-        return sums if few else lax.psum(sums, axis_name, axis_index_groups=groups)
+        return sums if gathered else lax.psum(sums, axis_name, axis_index_groups=groups)
 
-    count, weighted = total(counts, counts.astype(means.dtype) * means)
-    mean = per_row(weighted, count)
-    (m2,) = total(m2s + counts * abs_square(means - mean[None]))
-    return Moments(count, mean, m2)
+    n, weighted = total(ns, ns.astype(means.dtype) * means)
+    mean = divide_by_count(weighted, n)
+    (m2,) = total(m2s + ns * abs_square(means - mean[None]))
+    return Moments(n, mean, m2)
 
 
-def _members(axis_name: AxisName, groups: Groups | None) -> int:
-    """How many devices share statistics."""
+def _num_devices(axis_name: AxisName, groups: Groups | None) -> int:
+    """Return the number of devices that share statistics."""
     if groups is None:
         return lax.axis_size(axis_name)
     check_partition(groups, lax.axis_size(axis_name))
     return max(map(len, groups))
 
 
-def _arrays(local: Moments) -> tuple[Array, Array, Array]:
-    """Count, mean and m2 in one shape."""
-    count = jnp.asarray(local.count, local.m2.dtype)
-    return jnp.broadcast_to(count, local.m2.shape), local.mean, local.m2
+def _as_arrays(local: Moments) -> tuple[Array, Array, Array]:
+    """Return n, mean and m2 in one shape."""
+    n = jnp.asarray(local.n, local.m2.dtype)
+    return jnp.broadcast_to(n, local.m2.shape), local.mean, local.m2
 
 
-def _gather(
+def _gather_moments(
     moments: tuple[Array, ...], axis_name: AxisName, groups: Groups | None
 ) -> tuple[Array, Array, Array]:
-    """Every device's moments along a new leading axis, the same on all of them.
+    """Gather every device's moments along a new leading axis, alike on all devices.
 
-    One psum of slots that are zero but for the device's own. An all_gather would do,
-    but its result counts as varying over the axis where shard_map checks that, and the
-    new running statistics could not be returned as replicated.
+    It is one psum of slots that are zero but for the device's own. An all_gather would
+    do, but its result counts as varying over the axis where shard_map checks that, and
+    the new running statistics could not be returned as replicated.
     """
     dtype = jnp.result_type(*moments)
-    mine = jnp.stack([m.astype(dtype) for m in moments])
-    slot, slots = _slot(axis_name, groups), _members(axis_name, groups)
-    is_mine = jnp.arange(slots).reshape(slots, *(1,) * mine.ndim) == slot
-    table = jnp.where(is_mine, mine[None], 0)
+    own = jnp.stack([m.astype(dtype) for m in moments])
+    slot, slots = _slot(axis_name, groups), _num_devices(axis_name, groups)
+    is_own = jnp.arange(slots).reshape(slots, *(1,) * own.ndim) == slot
+    table = jnp.where(is_own, own[None], 0)
     table = lax.psum(table, axis_name, axis_index_groups=groups)
-    count, mean, m2 = (table[:, i] for i in range(3))
-    return jnp.real(count), mean, jnp.real(m2)
+    n, mean, m2 = (table[:, i] for i in range(3))
+    return jnp.real(n), mean, jnp.real(m2)
 
 
 def _slot(axis_name: AxisName, groups: Groups | None) -> Int[Array, ""]:
-    """The place of this device among those it shares statistics with."""
+    """Return this device's index among the devices that share its statistics."""
     index = lax.axis_index(axis_name)
     if groups is None:
         return index
-    place = np.zeros(lax.axis_size(axis_name), np.int32)
+    slots = np.zeros(lax.axis_size(axis_name), np.int32)
     for group in groups:
-        place[list(group)] = np.arange(len(group))
-    return jnp.asarray(place)[index]
+        slots[list(group)] = np.arange(len(group))
+    return jnp.asarray(slots)[index]
+
+
+@contextmanager
+def _explain_collectives(axis_name: AxisName, groups: Groups | None) -> Iterator[None]:
+    """Say what to do where JAX knows no such axis, or cannot sum over `groups`."""
+    try:
+        yield
+    except NameError as error:
+        error.add_note(
+            f"jaxbn: axis_name={axis_name!r} must be the name of an axis that "
+            "shard_map, pmap or vmap maps here. Under jit with sharded arrays leave it "
+            "out: the statistics are those of the whole batch."
+        )
+        raise
+    except NotImplementedError as error:
+        if groups is None:
+            raise
+        raise ValueError(
+            f"axis_index_groups={groups} is refused by JAX here: it works under pmap, "
+            "and under shard_map with check_vma=False. Elsewhere split the mapped axis "
+            "in two and pass axis_name the name of the inner one."
+        ) from error

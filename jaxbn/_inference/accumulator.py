@@ -1,9 +1,10 @@
 """The statistics of many batches, merged exactly."""
 
-from typing import NamedTuple, Self
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 from jax.typing import DTypeLike
 from jaxtyping import Float, Inexact
@@ -15,7 +16,8 @@ from .._core.reductions import divide_by_count
 from .._core.sharding import shard_like
 from .._core.sync import AxisName, Groups, merge
 
-FeatureArray = Float[Array, "*features"]
+AnyArray = Array | np.ndarray  # JAX on the device, NumPy on the host
+Real = Float[AnyArray, "*features"]
 
 
 class Accumulator(NamedTuple):
@@ -27,20 +29,22 @@ class Accumulator(NamedTuple):
     variance s²_B: `var_weight` = Σ n_B and `weighted_var` = Σ n_B s²_B.
     """
 
-    mean: Inexact[Array, "*features"]
-    m2: FeatureArray
-    n: FeatureArray
-    num_batches: FeatureArray
-    var_weight: FeatureArray
-    weighted_var: FeatureArray
+    mean: Inexact[AnyArray, "*features"]
+    m2: Real
+    n: Real
+    num_batches: Real
+    var_weight: Real
+    weighted_var: Real
 
     @classmethod
-    def empty(cls, mean: Array) -> Self:
+    def empty(cls, mean: Array) -> "Accumulator":
         """Return the accumulator of no batch, for features of shape `mean.shape`.
 
         Its dtype is the widest that is enabled.
         """
-        return cls(*[jnp.zeros(mean.shape, jax.dtypes.canonicalize_dtype("float64"))] * 6)
+        return Accumulator(
+            *[jnp.zeros(mean.shape, jax.dtypes.canonicalize_dtype("float64"))] * 6
+        )
 
     @classmethod
     def from_batch(
@@ -50,7 +54,7 @@ class Accumulator(NamedTuple):
         feature_axes: Axes,
         axis_name: AxisName | None = None,
         groups: Groups | None = None,
-    ) -> Self:
+    ) -> "Accumulator":
         """Accumulate one batch over all axes but `feature_axes`, on the device."""
         mask = None if mask is None else shard_like(mask, x)
         x = x.astype(accumulation_dtype(x.dtype))
@@ -62,9 +66,9 @@ class Accumulator(NamedTuple):
             *(batch.mean, batch.m2, n, (n > 0).astype(n.dtype)),
             *(var_weight, var_weight * divide_by_count(batch.m2, n - 1)),
         )
-        return cls(*(squeeze_features(part, feature_axes) for part in parts))
+        return Accumulator(*(squeeze_features(part, feature_axes) for part in parts))
 
-    def merge(self, other: Self) -> Self:
+    def merge(self, other: "Accumulator") -> "Accumulator":
         """Return the accumulator of the batches of both, in NumPy or JAX arrays.
 
             n = n₁ + n₂,   μ = μ₁ + δ n₂ / n,   m2 = m2₁ + m2₂ + |δ|² n₁ n₂ / n
@@ -74,17 +78,17 @@ class Accumulator(NamedTuple):
         n = self.n + other.n
         share = other.n / (n + (n == 0).astype(n.dtype))
         delta = other.mean - self.mean
-        return type(self)(
+        return Accumulator(
             mean=self.mean + share.astype(delta.dtype) * delta,
-            m2=self.m2 + other.m2 + self.n * share * (delta * delta.conj()).real,
+            m2=self.m2 + other.m2 + self.n * share * abs(delta) ** 2,
             n=n,
             num_batches=self.num_batches + other.num_batches,
             var_weight=self.var_weight + other.var_weight,
             weighted_var=self.weighted_var + other.weighted_var,
         )
 
-    def astype(self, dtype: DTypeLike) -> Self:
+    def astype(self, dtype: DTypeLike) -> "Accumulator":
         """Cast the mean to `dtype`, and the other arrays to its real dtype."""
         mean, *others = self
         real = real_dtype(dtype)
-        return type(self)(mean.astype(dtype), *(part.astype(real) for part in others))
+        return Accumulator(mean.astype(dtype), *(part.astype(real) for part in others))

@@ -1,7 +1,4 @@
-"""Batch norm at inference is affine: as two vectors, or inside the layer before it.
-
-`_linen_folding` and `_nnx_folding` do it for whole models.
-"""
+"""Batch norm at inference is affine: two vectors, or part of the preceding layer."""
 
 from collections.abc import Sequence
 from functools import partial
@@ -10,38 +7,41 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jax.core import Tracer
 from jax.typing import ArrayLike
-from jaxtyping import Inexact
+from jaxtyping import Float, Inexact
 
-from .._core.axes import expand_features
-from .._core.checks import check_axis, check_numbers
-from .._core.dtypes import real_dtype, accumulation_dtype
+from .._core.axes import Axes, check_axis, expand_features
+from .._core.dtypes import accumulation_dtype, real_dtype
 from .._core.normalize import inverse_std
-from .._core.variables import BatchNormParams, BatchNormState
-from .folding_checks import check_layer, check_statistics
+from .._core.options import check_epsilon
+from .._core.variables import AnyParams, BatchNormState
+
+Vector = Inexact[Array, "*features"]
 
 
 def inference_affine(
-    params: BatchNormParams, state: BatchNormState, epsilon: float = 1e-5
-) -> tuple[Inexact[Array, "*features"], Inexact[Array, "*features"]]:
-    r"""Inference as one affine map: `y = x * scale + offset`.
+    params: AnyParams,
+    state: BatchNormState,
+    epsilon: float = 1e-5,
+) -> tuple[Vector, Vector]:
+    """Return inference as one affine map: y = x · scale + offset.
 
-    $$scale = \frac{\gamma}{\sqrt{\sigma^2 + \epsilon}}, \qquad
-      offset = \beta - \mu \cdot scale$$
+        scale  = params.scale / √(var + ε)
+        offset = params.bias - mean · scale
 
     **Arguments**
 
-    - `params`, `state`: as in `batch_norm`; γ and β are `params.scale` and
-      `params.bias`, 1 and 0 where they are `None`.
+    - `params`, `state`: as in `batch_norm`; a scale of `None` is 1, a bias of `None` 0.
     - `epsilon`: added to the variance, the same as in training.
 
     **Returns** `(scale, offset)` in the features' shape, in float32 or wider.
 
-    **Raises** `ValueError` where the shapes differ, or where a variance is negative or
-    NaN, which can only be seen outside of `jit`; `TypeError` for dtypes.
+    **Raises** `ValueError` if the shapes differ, or if a variance is negative or NaN,
+    which is visible outside of `jit` alone; `TypeError` for dtypes.
 
-    `batch_norm` subtracts the mean first. This form rounds more where the mean is
-    large: by about 1e-7·|μ|/σ of y's deviation.
+    `batch_norm` subtracts the mean first. This form rounds more if the mean is large:
+    by about 1e-7·|μ|/σ of y's deviation.
 
     Source: Ioffe & Szegedy, [arXiv:1502.03167](https://arxiv.org/abs/1502.03167),
     Algorithm 2, step 11.
@@ -52,49 +52,52 @@ def inference_affine(
     >>> jaxbn.inference_affine(params, state, epsilon=0.0)
     (Array([1.5], dtype=float32), Array([-14.], dtype=float32))
     """
-    _, epsilon = check_numbers(None, epsilon)
-    return _inference_affine(*check_statistics(params, state), epsilon)
+    epsilon = check_epsilon(epsilon)
+    return _inference_affine(*_check_statistics(params, state), epsilon)
 
 
 def fold(
     kernel: ArrayLike,
     bias: ArrayLike | None,
-    params: BatchNormParams,
+    params: AnyParams,
     state: BatchNormState,
     *,
     epsilon: float = 1e-5,
     axis: int | Sequence[int] = -1,
 ) -> tuple[Inexact[Array, "..."], Inexact[Array, "..."]]:
-    r"""The kernel and bias of a layer that does the batch norm after it as well.
+    """Fold a batch norm into the preceding linear layer.
 
-    $$W' = W \cdot scale, \qquad b' = (b - \mu) \cdot scale + \beta, \qquad
-      scale = \frac{\gamma}{\sqrt{\sigma^2 + \epsilon}}$$
+        kernel' = kernel · scale
+        bias'   = (bias - mean) · scale + params.bias
 
-    It holds for every layer that is linear and keeps its features apart: Dense, and
-    convolutions of any rank, stride, dilation, padding, grouped, depthwise and
-    transposed. Nothing may stand between the two, and nothing else may use the layer's
-    output. A batch norm *before* a layer is not folded: the zeros of a padded
-    convolution come after it, and its offset is not the same at the border.
+    with scale = params.scale / √(var + ε). It holds for every layer that is linear and
+    keeps its features apart: Dense, and convolutions of any rank, stride, dilation and
+    padding, grouped, depthwise and transposed. Nothing may stand between the two, and
+    nothing else may use the layer's output. A batch norm *before* a layer is not
+    folded: the zeros of a padded convolution come after it, and its offset is not the
+    same at the border.
 
     **Arguments**
 
-    - `kernel`: floating or complex, as Flax lays it out, the output features last:
+    - `kernel`: floating or complex, in Flax's layout, the output features last:
       `(..., in // groups, out)`.
-    - `bias`: `(out,)`, or any shape that ends in the features' one; `None` for none.
-    - `params`, `state`, `epsilon`: of the batch norm, as in `inference_affine`.
-    - `axis`: where the features are in `kernel`: -2 with Flax's
-      `ConvTranspose(transpose_kernel=True)`; a tuple where the batch norm has one.
+    - `bias`: `(out,)`, or any shape that ends in the features' shape; `None` for a
+      layer without a bias.
+    - `params`, `state`, `epsilon`: the batch norm's, as in `inference_affine`.
+    - `axis`: the axis of the output features in `kernel`: -2 for Flax's
+      `ConvTranspose(transpose_kernel=True)`; a tuple if the batch norm has one.
 
-    **Returns** `(kernel, bias)`, in float32 or wider whatever the layer's dtype: cast
-    them back, and the folded layer rounds more than the two did.
+    **Returns** `(kernel, bias)`, in float32 or wider whatever the layer's dtype. Cast
+    back, the folded layer rounds more than the two layers did.
 
-    **Raises** `ValueError` where the features' shape is not that of `kernel` along
+    **Raises** `ValueError` if the features' shape is not the shape of `kernel` along
     `axis`, and otherwise as `inference_affine`; `TypeError` for an integer kernel.
+
+    Differences from PyTorch: `fuse_conv_bn_eval` keeps the kernel's dtype.
 
     Source: Jacob et al., "Quantization and Training of Neural Networks for Efficient
     Integer-Arithmetic-Only Inference",
-    [arXiv:1712.05877](https://arxiv.org/abs/1712.05877), equation 14; PyTorch's
-    `fuse_conv_bn_eval`, which keeps the kernel's dtype.
+    [arXiv:1712.05877](https://arxiv.org/abs/1712.05877), equation 14.
 
     >>> import jax.numpy as jnp, jaxbn
     >>> params = jaxbn.BatchNormParams(jnp.array([3.0]), jnp.array([1.0]))
@@ -108,32 +111,115 @@ def fold(
     features = tuple(kernel.shape[a] for a in axes)
     bias = np.zeros(features, np.float32) if bias is None else bias
     bias = jnp.asarray(bias)
-    check_layer(kernel, bias, axes, jnp.shape(state.mean))
-    _, epsilon = check_numbers(None, epsilon)
-    return _fold(kernel, bias, *check_statistics(params, state), epsilon, axes)
+    _check_layer(kernel, bias, axes, jnp.shape(state.mean))
+    epsilon = check_epsilon(epsilon)
+    return _fold(kernel, bias, *_check_statistics(params, state), epsilon, axes)
 
 
 @partial(jax.jit, static_argnames="epsilon")
-def _inference_affine(gamma, beta, mean, var, epsilon):
-    scale, mean, beta = _centred_affine(gamma, beta, mean, var, epsilon)
-    return scale, beta - mean * scale
+def _inference_affine(
+    scale: Vector, bias: Vector, mean: Vector, var: Vector, epsilon: float
+) -> tuple[Vector, Vector]:
+    scale, mean, bias = _centred_affine(scale, bias, mean, var, epsilon)
+    return scale, bias - mean * scale
 
 
-# Compiled, for a model has dozens of shapes, and each operation of each takes its time.
+# Compiled: a model has dozens of shapes, and each operation on each shape takes time.
 @partial(jax.jit, static_argnames=("epsilon", "axes"))
-def _fold(kernel, bias, gamma, beta, mean, var, epsilon, axes):
-    vectors = _centred_affine(gamma, beta, mean, var, epsilon, kernel, bias)
+def _fold(
+    kernel: Inexact[Array, "..."],
+    bias: Inexact[Array, "..."],
+    norm_scale: Vector,
+    norm_bias: Vector,
+    mean: Vector,
+    var: Vector,
+    epsilon: float,
+    axes: Axes,
+) -> tuple[Inexact[Array, "..."], Inexact[Array, "..."]]:
+    affine = norm_scale, norm_bias, mean, var
+    vectors = _centred_affine(*affine, epsilon, kernel, bias)
     trailing = tuple(range(bias.ndim - len(axes), bias.ndim))
     kernel_scale = expand_features(vectors[0], axes, kernel.ndim)
-    scale, mean, beta = (expand_features(v, trailing, bias.ndim) for v in vectors)
+    scale, mean, offset = (expand_features(v, trailing, bias.ndim) for v in vectors)
     kernel, bias = kernel.astype(scale.dtype), bias.astype(scale.dtype)
-    return kernel * kernel_scale, (bias - mean) * scale + beta
+    return kernel * kernel_scale, (bias - mean) * scale + offset
 
 
-def _centred_affine(gamma, beta, mean, var, epsilon, *others):
-    """Scale, μ and β of y = (x - μ) · scale + β, as wide as the widest of all."""
-    # What is below 16 bits widens nothing, and JAX promotes no 8-bit floats.
-    arrays = (gamma, beta, mean, var, *others)
-    wide = accumulation_dtype(*(a.dtype for a in arrays if a.dtype.itemsize > 1))
-    scale = gamma.astype(wide) * inverse_std(var.astype(real_dtype(wide)), epsilon)
-    return scale, mean.astype(wide), beta.astype(wide)
+def _centred_affine(
+    scale: Vector,
+    bias: Vector,
+    mean: Vector,
+    var: Vector,
+    epsilon: float,
+    *others: Inexact[Array, "..."],
+) -> tuple[Vector, Vector, Vector]:
+    """Return a, μ and b of y = (x - μ) · a + b, in the widest dtype of all arrays."""
+    # A dtype below 16 bits widens nothing, and JAX promotes no 8-bit floats.
+    arrays = (scale, bias, mean, var, *others)
+    dtype = accumulation_dtype(*(a.dtype for a in arrays if a.dtype.itemsize > 1))
+    scale = scale.astype(dtype) * inverse_std(var.astype(real_dtype(dtype)), epsilon)
+    return scale, mean.astype(dtype), bias.astype(dtype)
+
+
+def _check_statistics(
+    params: AnyParams, state: BatchNormState
+) -> tuple[Array, Array, Array, Array]:
+    """Return scale, bias, mean and var as arrays of one shape, var not negative."""
+    mean, var = jnp.asarray(state.mean), jnp.asarray(state.var)
+    scale = jnp.ones_like(mean) if params.scale is None else jnp.asarray(params.scale)
+    bias = jnp.zeros_like(mean) if params.bias is None else jnp.asarray(params.bias)
+    named = {"params.scale": scale, "params.bias": bias, "state.mean": mean}
+    for name, value in (named | {"state.var": var}).items():
+        _check_inexact(name, value)
+        if value.shape != mean.shape:
+            raise ValueError(
+                "params and state must have one shape, the features'; got "
+                f"{name} {value.shape} and state.mean {mean.shape}. "
+                "Take both from the same layer."
+            )
+    _check_not_negative(var)
+    return scale, bias, mean, var
+
+
+def _check_layer(
+    kernel: Array, bias: Array, axes: Axes, features: tuple[int, ...]
+) -> None:
+    """Check that the layer's output features are the batch norm's `features`."""
+    _check_inexact("kernel", kernel)
+    _check_inexact("bias", bias)
+    along = tuple(kernel.shape[a] for a in axes)
+    if along != features:
+        raise ValueError(
+            "the batch norm must have the features of the layer before it; got "
+            f"statistics of shape {features}, and {along} along axis={axes} of the "
+            f"kernel {kernel.shape}. Only a batch norm over this layer's output can be "
+            "folded; pass axis= where the kernel's output features are not last."
+        )
+    if bias.shape[-len(axes) :] != features:
+        raise ValueError(
+            f"the layer's bias must end in the features' shape; got bias {bias.shape} "
+            f"for {features} features. Pass None for a layer without a bias."
+        )
+
+
+def _check_inexact(name: str, value: Array) -> None:
+    if not jnp.issubdtype(value.dtype, jnp.inexact):
+        raise TypeError(
+            f"{name} must be floating or complex; got {value.dtype} of shape "
+            f"{value.shape}. Integers cannot hold the product with the scale: fold "
+            "first, then quantize."
+        )
+
+
+def _check_not_negative(var: Float[Array, "*features"]) -> None:
+    if not isinstance(var, Tracer) and not _all_not_negative(var):
+        raise ValueError(
+            "a running variance must not be negative or NaN; got values from "
+            f"{var.min()} to {var.max()} in state.var. The checkpoint may be damaged, "
+            "or mean and var exchanged."
+        )
+
+
+@jax.jit
+def _all_not_negative(var: Float[Array, "*features"]) -> Array:
+    return (var >= 0).all()

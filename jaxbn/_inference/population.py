@@ -8,7 +8,7 @@ import itertools
 import operator
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
-from typing import Literal, TypeVar
+from typing import Generic, Literal, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -20,22 +20,23 @@ from .._core.batch_norm import check_input
 from .._core.dtypes import accumulation_dtype, real_dtype
 from .._core.moments import check_mask
 from .._core.variables import BatchNormState
-from .accumulator import Accumulator
+from .accumulator import Accumulator, AnyArray
 
 Batch = TypeVar("Batch")
 Variance = Literal["paper", "total"]
+XAndMask = ArrayLike | tuple[ArrayLike, ArrayLike | None]
 VARIANCES = ("paper", "total")
 
 _accumulate_batch = partial(jax.jit, static_argnums=2)(Accumulator.from_batch)
 
 
 def population(
-    batches: Iterable[ArrayLike | tuple[ArrayLike, ArrayLike | None]],
+    batches: Iterable[XAndMask],
     *,
     axis: int | Sequence[int] = -1,
     variance: Variance = "paper",
     max_batches: int | None = None,
-    progress: Callable[[Iterable[Batch]], Iterable[Batch]] | None = None,
+    progress: Callable[[Iterable[XAndMask]], Iterable[XAndMask]] | None = None,
 ) -> BatchNormState:
     """Compute the statistics of a layer's inputs over many batches, for inference.
 
@@ -92,7 +93,7 @@ def population(
     check_variance(variance)
     dtypes = []
 
-    def measure(batch: object) -> dict[str, Accumulator]:
+    def measure(batch: XAndMask) -> dict[str, Accumulator]:
         x, mask = batch if isinstance(batch, tuple) else (batch, None)
         x = check_input(x)
         dtypes.append(accumulation_dtype(x.dtype))
@@ -111,8 +112,8 @@ def population(
 
 
 def accumulate(
-    measure: Callable[[object], Mapping[str, Accumulator]],
-    batches: Iterable[object],
+    measure: Callable[[Batch], Mapping[str, Accumulator]],
+    batches: Iterable[Batch],
     max_batches: int | None,
     progress: Callable[[Iterable[Batch]], Iterable[Batch]] | None,
 ) -> dict[str, Accumulator]:
@@ -130,13 +131,13 @@ def accumulate(
     return _check_any_batch(total)
 
 
-class _First:
+class _First(Generic[Batch]):
     """Limit an iterable to its first items, with a length for progress bars."""
 
-    def __init__(self, iterable: Iterable[object], most: int):
+    def __init__(self, iterable: Iterable[Batch], most: int):
         self.iterable, self.most = iterable, most
 
-    def __iter__(self) -> Iterator[object]:
+    def __iter__(self) -> Iterator[Batch]:
         return itertools.islice(self.iterable, self.most)
 
     def __len__(self) -> int:
@@ -145,7 +146,7 @@ class _First:
 
 def finalize(
     layer: str, total: Accumulator, variance: Variance
-) -> tuple[np.ndarray, np.ndarray]:
+) -> tuple[AnyArray, AnyArray]:
     """Return mean and variance of each feature; 0 and 0 for one with no element."""
     squares, divisor = (
         (total.weighted_var, total.var_weight)
@@ -190,7 +191,7 @@ def _check_max_batches(max_batches: int) -> int:
     return most
 
 
-def _check_batch(batch: object) -> object:
+def _check_batch(batch: Batch) -> Batch:
     """Check that the leaves of `batch` have dtypes that JAX knows."""
     for leaf in jax.tree.leaves(batch):
         try:
@@ -214,7 +215,7 @@ def _check_any_batch(total: dict[str, Accumulator]) -> dict[str, Accumulator]:
     return total
 
 
-def _check_every_feature_reached(n: np.ndarray) -> None:
+def _check_every_feature_reached(n: AnyArray) -> None:
     """Check that every feature has an element in some batch."""
     if np.any(n <= 0):
         raise ValueError(
@@ -224,7 +225,7 @@ def _check_every_feature_reached(n: np.ndarray) -> None:
         )
 
 
-def _check_has_variance(layer: str, lacking: np.ndarray, variance: Variance) -> None:
+def _check_has_variance(layer: str, lacking: AnyArray, variance: Variance) -> None:
     """Check that every feature with an element has enough for a variance."""
     if np.any(lacking):
         where = "in one batch" if variance == "paper" else "in all batches together"
@@ -235,7 +236,7 @@ def _check_has_variance(layer: str, lacking: np.ndarray, variance: Variance) -> 
         )
 
 
-def _check_finite(layer: str, mean: np.ndarray, squares: np.ndarray) -> None:
+def _check_finite(layer: str, mean: AnyArray, squares: AnyArray) -> None:
     """Check that the statistics are numbers."""
     bad = ~(np.isfinite(mean) & np.isfinite(squares))
     if np.any(bad):

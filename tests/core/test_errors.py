@@ -2,13 +2,22 @@
 
 import jax
 import jax.numpy as jnp
+import jaxtyping
 import numpy as np
 import pytest
 
 import jaxbn
-from jaxbn._core import checks
+from jaxbn._core import axes, sync, variables
 
 X = jnp.ones((4, 5, 3))
+
+
+@pytest.fixture(autouse=True)
+def unchecked_types():
+    """Let jaxbn's own errors speak: in these tests jaxtyping's would come first."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
 
 
 def call(x=X, train=True, features=3, params=None, state=None, **options):
@@ -114,12 +123,12 @@ def test_groups_that_do_not_partition_the_axis(groups):
 @pytest.mark.parametrize("axis", [1.5, None, "last", (0, None)])
 def test_axes_that_are_not_integers(axis):
     with pytest.raises(TypeError, match="an int or a sequence of ints; got"):
-        checks.check_axis(axis, 3)
+        axes.check_axis(axis, 3)
 
 
 def test_groups_that_are_not_lists_of_lists():
     with pytest.raises(ValueError, match=r"lists of axis indices .* got \(0, 1\)"):
-        checks.check_partition((0, 1), 2)
+        sync.check_partition((0, 1), 2)
 
 
 def test_errors_come_while_tracing():
@@ -139,7 +148,7 @@ def test_feature_counts_below_1(num_features):
 
 def test_a_feature_count_that_is_not_an_integer():
     with pytest.raises(TypeError, match=r"an int, or a tuple of ints.*got \(2, 2.5\)"):
-        checks.check_num_features((2, 2.5))
+        variables.check_num_features((2, 2.5))
 
 
 def test_integer_parameters():

@@ -149,14 +149,17 @@ def lowered(platform, shape, dtype=jnp.float32):
 def test_what_is_made_for_a_cpu_stays_there(platform):
     program = lowered(platform, (4096, 64))
     assert "optimization_barrier" not in program
-    assert f"dense<{reductions.NEAR_ZERO:.6e}>" not in program
+    assert f"dense<{reductions.MAX_SQUARED_MEAN_TO_VAR:.6e}>" not in program
     assert ("complex" in program) == (platform == "cuda")
 
 
 @pytest.mark.parametrize(("rows", "conditionals"), [(128, 0), (4096, 2)])
 def test_a_cpu_asks_once_each_way_unless_there_is_little_to_save(rows, conditionals):
     program = lowered("cpu", (rows, 64))
-    assert program.count(f"dense<{reductions.NEAR_ZERO:.6e}>") == conditionals
+    assert (
+        program.count(f"dense<{reductions.MAX_SQUARED_MEAN_TO_VAR:.6e}>")
+        == conditionals
+    )
     assert "complex" not in program
 
 

@@ -114,7 +114,7 @@ def run_sharded(case, way, mask, autodiff="custom_vjp") -> Result:
 def few_slots(monkeypatch):
     """4 devices are many: what is done over more than 64 of them."""
     jax.clear_caches()  # they do not know the constant
-    monkeypatch.setattr(sync, "MOST_SLOTS", 3)
+    monkeypatch.setattr(sync, "MAX_GATHERED_DEVICES", 3)
     yield
     jax.clear_caches()
 

@@ -10,11 +10,11 @@ from jax import export
 
 import jaxbn
 from jaxbn import BatchNormParams, BatchNormState
-from jaxbn._core.reductions import FEW_VALUES
+from jaxbn._core.reductions import MIN_SIZE_FOR_COND
 
 PLATFORMS = ("cpu", "cuda", "tpu")
 ROWS, IN, OUT = 4096, 3, 5
-assert ROWS * OUT >= FEW_VALUES  # so that the platforms' forms differ
+assert ROWS * OUT >= MIN_SIZE_FOR_COND  # so that the platforms' forms differ
 
 # Of the process, as JAX wants it: what reads the file must register the same names.
 for kind in (BatchNormParams, BatchNormState):
