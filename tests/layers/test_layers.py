@@ -172,7 +172,7 @@ def test_float_mask_holds_weights_and_integer_mask_bools(create, dtype, rng, x):
     repeats = (weights if dtype == "float32" else weights.astype(bool))[:, 0]
     masked, repeated = create(), create()
     masked(x, mask=jnp.asarray(weights, dtype))
-    repeated(np.repeat(x, repeats, axis=0))
+    repeated(np.repeat(np.asarray(x), repeats, axis=0))
     assert_same(masked.stats, repeated.stats, 1e-5)
 
 
