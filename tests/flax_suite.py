@@ -34,12 +34,12 @@ instances = Counter()
 
 def pytest_configure():
     """Put our classes under Flax's names, where the environment says so."""
-    for ours, *homes in (
+    for actual, *homes in (
         (jaxbn.linen.BatchNorm, flax.linen, flax.linen.normalization),
         (jaxbn.nnx.BatchNorm, flax.nnx, flax.nnx.nn.normalization),
     ):
         for home in homes if SWITCH in os.environ else ():
-            setattr(home, "BatchNorm", ours)  # noqa: B010
+            setattr(home, "BatchNorm", actual)  # noqa: B010
         count_instances(homes[0].BatchNorm)
 
 
@@ -111,7 +111,7 @@ def outcomes(root: Path, files: list[Path], with_jaxbn: bool) -> dict:
         ],
         cwd=root,
         env=environment,
-        check=False,  # what fails with Flax's own class may fail with ours
+        check=False,  # what fails with Flax's own class may fail with actual
     )
     return {
         (case.get("classname"), case.get("name")): (
@@ -128,16 +128,16 @@ def main() -> None:
         root = download(Path(folder))
         files = sorted((root / "tests").rglob("*_test.py"))
         files = [f for f in files if "BatchNorm" in f.read_text()]
-        ours = outcomes(root, files, with_jaxbn=True)
-        fine = all(outcome in ("passed", "skipped") for outcome, _ in ours.values())
-        theirs = ours if fine else outcomes(root, files, with_jaxbn=False)
-    built = sum(uses for _, uses in ours.values())
-    changed = {t: (theirs.get(t), ours[t]) for t in ours if theirs.get(t) != ours[t]}
+        actual = outcomes(root, files, with_jaxbn=True)
+        fine = all(outcome in ("passed", "skipped") for outcome, _ in actual.values())
+        expected = actual if fine else outcomes(root, files, with_jaxbn=False)
+    built = sum(uses for _, uses in actual.values())
+    changed = {t: (expected.get(t), actual[t]) for t in actual if expected.get(t) != actual[t]}
     for test, (before, after) in changed.items():
         print("DIFFERS", "::".join(test), before, after)
-    print(f"flax {version('flax')}: {len(ours)} tests, {built} build a BatchNorm")
-    print("with jaxbn's class:", Counter(outcome for outcome, _ in ours.values()))
-    if changed or theirs.keys() != ours.keys() or not built:
+    print(f"flax {version('flax')}: {len(actual)} tests, {built} build a BatchNorm")
+    print("with jaxbn's class:", Counter(outcome for outcome, _ in actual.values()))
+    if changed or expected.keys() != actual.keys() or not built:
         sys.exit("The tests end otherwise than with Flax's class, or none was run.")
 
 

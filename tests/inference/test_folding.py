@@ -663,7 +663,7 @@ def test_a_damaged_nnx_checkpoint_is_named(tower):
     before = nnx.to_pure_dict(nnx.state(model))
     with pytest.raises(ValueError, match="must not be negative") as caught:
         jaxbn.nnx.fold(model)
-    where = "'blocks.1.rest.layers.2' into 'blocks.1.rest.layers.1'"
+    where = "'blocks/1/rest/layers/2' into 'blocks/1/rest/layers/1'"
     assert where in caught.value.__notes__[0]
     assert norms_in(model) == 7
     assert_same(nnx.to_pure_dict(nnx.state(model)), before, 0)

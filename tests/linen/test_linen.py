@@ -42,9 +42,9 @@ def start(layer, x) -> Any:
 
 def test_fields_and_defaults_are_flax_s():
     assert issubclass(BatchNorm, nn.BatchNorm)
-    theirs = {f.name: f.default for f in dataclasses.fields(nn.BatchNorm)}
-    ours = {f.name: f.default for f in dataclasses.fields(BatchNorm)}
-    assert ours == theirs | {"unbiased": False, "autodiff": "custom_vjp"}
+    expected = {f.name: f.default for f in dataclasses.fields(nn.BatchNorm)}
+    actual = {f.name: f.default for f in dataclasses.fields(BatchNorm)}
+    assert actual == expected | {"unbiased": False, "autodiff": "custom_vjp"}
     positional = [f.name for f in dataclasses.fields(BatchNorm) if not f.kw_only]
     assert positional == [
         f.name for f in dataclasses.fields(nn.BatchNorm) if not f.kw_only
@@ -58,12 +58,12 @@ def test_init_matches_flax_and_updates_nothing(x):
         "param_dtype": jnp.bfloat16,
     }
     layers = BatchNorm(**options), nn.BatchNorm(**options)
-    ours, theirs = (n.init(jax.random.key(1), x, False) for n in layers)
-    assert_same(ours, theirs, 0)
-    specs: Any = nn.get_partition_spec(ours)
+    actual, expected = (n.init(jax.random.key(1), x, False) for n in layers)
+    assert_same(actual, expected, 0)
+    specs: Any = nn.get_partition_spec(actual)
     assert specs["params"]["scale"] == P("model")
-    np.testing.assert_array_equal(ours["batch_stats"]["mean"], 0)
-    np.testing.assert_array_equal(ours["batch_stats"]["var"], 1)
+    np.testing.assert_array_equal(actual["batch_stats"]["mean"], 0)
+    np.testing.assert_array_equal(actual["batch_stats"]["var"], 1)
 
 
 def test_axis_name_is_not_needed_in_init(x):
@@ -86,13 +86,13 @@ def test_output_dtype_matches_flax(dtype):
     x = jnp.asarray([[1, 0, 1], [0, 0, 1]], dtype)
     variables = start(BatchNorm(), x)
     for wide in (True, False):
-        ours, theirs = (
+        actual, expected = (
             n(True, param_dtype=jnp.bfloat16, force_float32_reductions=wide).apply(
                 variables, x
             )
             for n in NORMS
         )
-        assert_same(ours, theirs, 3e-2)
+        assert_same(actual, expected, 3e-2)
 
 
 def test_mask_is_ignored_at_inference(x):
@@ -104,11 +104,11 @@ def test_mask_is_ignored_at_inference(x):
 
 def test_summary_and_lazy_init_match_flax(x):
     layers = BatchNorm(True), nn.BatchNorm(True)
-    ours, theirs = (n.tabulate(jax.random.key(0), x) for n in layers)
-    assert ours == theirs
+    actual, expected = (n.tabulate(jax.random.key(0), x) for n in layers)
+    assert actual == expected
     abstract = jax.ShapeDtypeStruct(x.shape, x.dtype)
-    ours, theirs = (n.lazy_init(jax.random.key(0), abstract) for n in layers)
-    assert_same(ours, theirs, 0)
+    actual, expected = (n.lazy_init(jax.random.key(0), abstract) for n in layers)
+    assert_same(actual, expected, 0)
 
 
 LIFTS = {
@@ -150,42 +150,42 @@ def test_lifted_transformations_match_flax(lift, rng):
     x = x if "vmap" in lift else x[0]
     name = "batch" if lift == "vmap sync" else None
     norms = [partial(norm, axis_name=name) for norm in NORMS]
-    # A scan can't make what it carries.
+    # A scan can't create the variables that it carries.
     made = Block if lift == "scan carry" else LIFTS[lift](Block)
-    initial, theirs = (made(norm).init(jax.random.key(0), x) for norm in norms)
-    assert_same(initial, theirs, 0)
+    initial, flax = (made(norm).init(jax.random.key(0), x) for norm in norms)
+    assert_same(initial, flax, 0)
     variables = jax.tree.map(lambda a, b: a + b / 3, initial, randomize(rng, initial))
     models = [LIFTS[lift](Block)(norm) for norm in norms]
-    ours, theirs = (
+    actual, expected = (
         everything(partial(model.apply, mutable=["batch_stats"]), variables, x)
         for model in models
     )
-    assert_same(ours, theirs, 2e-5)
+    assert_same(actual, expected, 2e-5)
 
 
 def test_groups_in_an_array_match_flax(rng):
     x = jnp.asarray(rng.normal(size=(4, 8, C)), jnp.float32)
     groups = np.array([[0, 1], [2, 3]])
-    ours, theirs = (
+    actual, expected = (
         jax.pmap(
             partial(train, layer, start(layer, x[0])), "i", devices=jax.devices()[:4]
         )(x)
         for layer in (n(axis_name="i", axis_index_groups=groups) for n in NORMS)
     )
-    assert_same(ours, theirs, 1e-5)
+    assert_same(actual, expected, 1e-5)
 
 
 @pytest.mark.parametrize("dtype", ["complex64", None])
 def test_complex_input_matches_flax(dtype, rng):
     """Flax needs its stable variance. The mean turns complex, the variance not."""
     x = jnp.asarray(rng.normal(size=(8, C)) + 1j * rng.normal(size=(8, C)), "complex64")
-    ours, theirs = (
+    actual, expected = (
         everything(partial(train, layer), start(layer, x), x)
         for layer in (n(dtype=dtype, use_fast_variance=False) for n in NORMS)
     )
-    (y, stats), _ = ours
+    (y, stats), _ = actual
     assert (y.dtype, stats["mean"].dtype) == (jnp.complex64, jnp.complex64)
-    assert_same(ours, theirs, 1e-5)
+    assert_same(actual, expected, 1e-5)
 
 
 # Dtypes of the statistics.
@@ -295,12 +295,12 @@ class JaxbnScaled(BatchNorm):
 def test_replace_batch_norm_computes_as_jaxbn(x):
     variables = Model().init(jax.random.key(0), x, True)
     far = x + 1e4
-    ours = everything(partial(train, Model(BatchNorm, JaxbnScaled)), variables, far)
+    expected = everything(partial(train, Model(BatchNorm, JaxbnScaled)), variables, far)
     flax = everything(partial(train, Model()), variables, far)
     with replace_batch_norm():
         assert_same(Model().init(jax.random.key(0), x, True), variables, 0)
         replaced = everything(partial(train, Model()), variables, far)
-    assert_same(replaced, ours, 0)
+    assert_same(replaced, expected, 0)
     with pytest.raises(AssertionError):  # there is a difference to see
         assert_same(replaced, flax, 1e-2)
     assert_same(everything(partial(train, Model()), variables, far), flax, 0)

@@ -46,7 +46,7 @@ def stats_of(model):
 
 def test_arguments_and_defaults_are_flax_s():
     assert issubclass(BatchNorm, nnx.BatchNorm)
-    ours, theirs = (
+    actual, expected = (
         {
             name: (repr(p.default).partition(" at ")[0], p.kind)
             for name, p in inspect.signature(norm.__init__).parameters.items()
@@ -54,8 +54,8 @@ def test_arguments_and_defaults_are_flax_s():
         for norm in NORMS
     )
     keyword = inspect.Parameter.KEYWORD_ONLY
-    ours_only = {"unbiased": ("False", keyword), "autodiff": ("'custom_vjp'", keyword)}
-    assert ours == theirs | ours_only
+    jaxbn_only = {"unbiased": ("False", keyword), "autodiff": ("'custom_vjp'", keyword)}
+    assert actual == expected | jaxbn_only
 
 
 def test_variables_and_metadata_match_flax():
@@ -66,10 +66,10 @@ def test_variables_and_metadata_match_flax():
         "bias_metadata": {"note": "bias"},
         "param_dtype": jnp.bfloat16,
     }
-    ours, theirs = (nnx.state(n(C, rngs=nnx.Rngs(1), **options)) for n in NORMS)
-    assert_same(ours, theirs, 0)
-    assert ours["scale"].note == "scale"
-    assert ours["bias"].note == "bias"
+    actual, expected = (nnx.state(n(C, rngs=nnx.Rngs(1), **options)) for n in NORMS)
+    assert_same(actual, expected, 0)
+    assert actual["scale"].note == "scale"
+    assert actual["bias"].note == "bias"
 
 
 def test_train_eval_and_view_set_the_mode(x):
@@ -80,8 +80,8 @@ def test_train_eval_and_view_set_the_mode(x):
         [nnx.view(n, use_running_average=False) for n in (layer, flax)],
         [n.train() or n for n in (layer, flax)],
     ):
-        ours, theirs = (n(x) for n in layers)
-        assert_same(ours, theirs, 1e-5)
+        actual, expected = (n(x) for n in layers)
+        assert_same(actual, expected, 1e-5)
         assert_same(stats_of(layer), stats_of(flax), 1e-5)
     assert_same(layer(x, use_running_average=True), flax(x, True), 1e-5)
 
@@ -102,8 +102,8 @@ def test_copies_are_independent(x):
 
 
 def test_summary_matches_flax(x):
-    ours, theirs = (nnx.tabulate(make(norm), x) for norm in NORMS)
-    assert ours == theirs
+    actual, expected = (nnx.tabulate(make(norm), x) for norm in NORMS)
+    assert actual == expected
 
 
 class Block(nnx.Module):
@@ -202,8 +202,8 @@ def trained(norm, x):
 )
 def test_transformations_match_flax(transform, rng):
     x = jnp.asarray(rng.normal(size=(4, 8, C)), jnp.float32)
-    ours, theirs = (transform(norm, x) for norm in NORMS)
-    assert_same(ours, theirs, 2e-5)
+    actual, expected = (transform(norm, x) for norm in NORMS)
+    assert_same(actual, expected, 2e-5)
 
 
 def test_promote_dtype_is_used(x):
@@ -216,10 +216,10 @@ def test_promote_dtype_is_used(x):
         return x.astype(jnp.bfloat16), mean, var, 2 * scale, bias.astype(dtype)
 
     options = {"promote_dtype": promote, "dtype": jnp.bfloat16}
-    ours, theirs = (make(norm, **options)(x) for norm in NORMS)
-    assert_same(ours, theirs, 3e-2)
+    actual, expected = (make(norm, **options)(x) for norm in NORMS)
+    assert_same(actual, expected, 3e-2)
     assert seen == 2 * [5 * [jnp.float32]]
-    assert float(jnp.abs(make(dtype=jnp.bfloat16)(x) - ours).max()) > 0.1
+    assert float(jnp.abs(make(dtype=jnp.bfloat16)(x) - actual).max()) > 0.1
 
 
 # Statistics.
@@ -242,8 +242,8 @@ def test_statistics_have_no_gradient_as_in_flax(x):
         layer(x)
         return layer.mean[...].sum() + layer.var[...].sum()
 
-    ours, theirs = (nnx.grad(loss)(make(norm)) for norm in NORMS)
-    assert_same(ours, theirs, 0)
+    actual, expected = (nnx.grad(loss)(make(norm)) for norm in NORMS)
+    assert_same(actual, expected, 0)
 
 
 # Replace and restore.
@@ -319,9 +319,9 @@ def test_replace_keeps_layers_and_variables(x):
 
 def test_replaced_layer_has_the_graph_of_a_jaxbn_layer():
     replaced = replace_batch_norm(nnx.BatchNorm(C, momentum=0.8, rngs=nnx.Rngs(0)))
-    ours = BatchNorm(C, momentum=0.8, rngs=nnx.Rngs(0))
-    assert nnx.graphdef(replaced) == nnx.graphdef(ours)
-    assert replace_batch_norm(ours) is ours
+    layer = BatchNorm(C, momentum=0.8, rngs=nnx.Rngs(0))
+    assert nnx.graphdef(replaced) == nnx.graphdef(layer)
+    assert replace_batch_norm(layer) is layer
 
 
 def test_replace_and_restore_accept_lists_and_dicts():
