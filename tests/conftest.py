@@ -1,6 +1,7 @@
 """Strict settings for every test: what a careful user might have switched on."""
 
 import jax
+import jaxtyping
 import numpy as np
 import pytest
 from hypothesis import settings
@@ -39,3 +40,11 @@ def any_rank():
     """For code that broadcasts rows with vectors, as examples do."""
     with jax.numpy_rank_promotion("allow"):
         yield
+
+
+@pytest.fixture
+def unchecked_types():
+    """Pass arguments of wrong types, which jaxtyping would refuse first."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)

@@ -2,22 +2,16 @@
 
 import jax
 import jax.numpy as jnp
-import jaxtyping
 import numpy as np
 import pytest
 
 import jaxbn
-from jaxbn._core import axes, sync, variables
+from jaxbn._core import axes, sync
 
 X = jnp.ones((4, 5, 3))
 
-
-@pytest.fixture(autouse=True)
-def unchecked_types():
-    """Let jaxbn's own errors speak: in these tests jaxtyping's would come first."""
-    jaxtyping.config.update("jaxtyping_disable", True)
-    yield
-    jaxtyping.config.update("jaxtyping_disable", False)
+# In these tests jaxtyping's error would come before jaxbn's own.
+pytestmark = pytest.mark.usefixtures("unchecked_types")
 
 
 def call(x=X, train=True, features=3, params=None, state=None, **options):
@@ -128,7 +122,7 @@ def test_axes_that_are_not_integers(axis):
 
 def test_groups_that_are_not_lists_of_lists():
     with pytest.raises(ValueError, match=r"lists of axis indices .* got \(0, 1\)"):
-        sync.check_partition((0, 1), 2)
+        sync.check_partition((0, 1), 2)  # pyright: ignore[reportArgumentType]
 
 
 def test_errors_come_while_tracing():
@@ -148,7 +142,7 @@ def test_feature_counts_below_1(num_features):
 
 def test_a_feature_count_that_is_not_an_integer():
     with pytest.raises(TypeError, match=r"an int, or a tuple of ints.*got \(2, 2.5\)"):
-        variables.check_num_features((2, 2.5))
+        jaxbn.init((2, 2.5))  # pyright: ignore[reportCallIssue, reportArgumentType]
 
 
 def test_integer_parameters():

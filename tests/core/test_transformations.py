@@ -257,6 +257,7 @@ def test_a_second_call_does_not_retrace(rng):
     assert state.count == 3
 
 
+@pytest.mark.usefixtures("unchecked_types")  # np.bool_ is no bool
 def test_eager_calls_share_one_compilation(rng):
     """Equal options given as other kinds (list, NumPy scalar) are the same program."""
     jitted: Any = module._batch_norm
@@ -265,7 +266,8 @@ def test_eager_calls_share_one_compilation(rng):
     x = jnp.asarray(rng.normal(size=(7, 3)), jnp.float32)
     jitted.clear_cache()
     jaxbn.batch_norm(params, state, x, True)
-    jaxbn.batch_norm(params, state, np.asarray(x), np.bool_(True), axis=[1])
+    numpy_true: Any = np.bool_(True)
+    jaxbn.batch_norm(params, state, np.asarray(x), numpy_true, axis=[1])
     jaxbn.batch_norm(params, state, x, True, momentum=np.float64(0.99), dtype="float32")
     assert jitted._cache_size() == 1
 
