@@ -29,18 +29,22 @@ class Layer(Protocol):
     @property
     def axis(self) -> int | Sequence[int]:
         """The feature axis or axes."""
+        ...
 
     @property
     def momentum(self) -> float | None:
         """The share that the running statistics keep."""
+        ...
 
     @property
     def epsilon(self) -> float:
         """Added to the variance."""
+        ...
 
     @property
     def axis_index_groups(self) -> IndexGroups | None:
         """The groups of axis indices that share statistics."""
+        ...
 
 
 def call_batch_norm(

@@ -1,8 +1,10 @@
 """Paths of layers in a model: tuples, written as strings with "/" or "."."""
 
 import re
+from typing import TypeVar
 
 Path = tuple[str | int, ...]
+PathKey = TypeVar("PathKey", bound=str | Path)  # the keys of a Mapping are invariant
 
 
 def join(path: Path) -> str:

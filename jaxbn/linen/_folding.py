@@ -18,7 +18,7 @@ from .._flax.folding import (
     check_not_empty,
     check_path_exists,
 )
-from .._flax.paths import Path
+from .._flax.paths import Path, PathKey
 from .._inference.folding import fold as fold_layer
 from ._batch_norm import BatchNorm
 from ._intercept import NextCall, intercept_calls
@@ -35,7 +35,7 @@ NORM_VARIABLES = (
 
 def fold(
     variables: Mapping[str, PyTree],
-    pairs: Mapping[str | Path, str | Path],
+    pairs: Mapping[PathKey, str | Path],
     *,
     epsilon: float = 1e-5,
     axis: int | Sequence[int] = -1,

@@ -17,7 +17,7 @@ from .._flax.folding import (
     check_not_empty,
     uses_call_of,
 )
-from .._flax.paths import Path, split
+from .._flax.paths import Path, PathKey, split
 from .._inference.folding import fold as fold_layer
 from ._batch_norm import BatchNorm
 from ._graph import get, iterate, put
@@ -28,7 +28,7 @@ LAYERS = (nnx.Linear, nnx.LinearGeneral, nnx.Conv, nnx.ConvTranspose)
 NORMS = (nnx.BatchNorm, BatchNorm)
 
 
-def fold(model: Model, pairs: Mapping[str | Path, str | Path] | None = None) -> Model:
+def fold(model: Model, pairs: Mapping[PathKey, str | Path] | None = None) -> Model:
     """Fold batch norms into the layers before them, in a copy of an nnx model.
 
     **Arguments**

@@ -66,14 +66,16 @@ def test_axis_name_is_not_needed_at_inference(create, x):
 
 def test_groups_without_axis_name_are_ignored(create, x):
     layers = create(axis_index_groups=[[0], [1]]), create("flax")
-    assert_same(*((layer(x), layer.stats) for layer in layers), 1e-5)
+    actual, expected = ((layer(x), layer.stats) for layer in layers)
+    assert_same(actual, expected, 1e-5)
 
 
 @pytest.mark.parametrize("batch_size", [5, 1])
 def test_integer_input_matches_flax(create, batch_size, rng):
     x = jnp.asarray(rng.integers(-9, 9, size=(batch_size, C)))
     layers = (create(library, momentum=0.8) for library in ("jaxbn", "flax"))
-    assert_same(*((layer(x), layer.stats) for layer in layers), 1e-5)
+    actual, expected = ((layer(x), layer.stats) for layer in layers)
+    assert_same(actual, expected, 1e-5)
 
 
 def test_groups_under_pmap_match_flax(create, rng):
@@ -193,8 +195,8 @@ def test_autodiff_custom_vjp_rejects_forward_mode(create, x):
 
 def test_autodiff_rules_have_the_same_gradients(create, x):
     layers = create(), create(autodiff="jax")
-    results = (everything(layer.apply, layer.variables, x) for layer in layers)
-    assert_same(*results, 1e-5)
+    closed, traced = (everything(layer.apply, layer.variables, x) for layer in layers)
+    assert_same(closed, traced, 1e-5)
 
 
 def test_unknown_autodiff_is_rejected(create, x):

@@ -241,9 +241,8 @@ def test_momentum_none_counts_from_variables_without_a_count(rng):
     layer = BatchNorm(momentum=None)
     variables = start(nn.BatchNorm(), xs[0])
     for x in xs:
-        _, stats = train(layer, variables, x)
-        variables |= {"batch_stats": stats}
-    exact = xs.astype(np.float64)
+        variables |= {"batch_stats": train(layer, variables, x)[1]}
+    stats, exact = variables["batch_stats"], xs.astype(np.float64)
     np.testing.assert_allclose(stats["mean"], exact.mean((0, 1)), atol=1e-6)
     assert stats["count"] == 2
     layer.apply(variables, xs[0], True)
