@@ -13,7 +13,7 @@ STATISTICS = ("mean", "var", "count")
 
 def batch_norm_paths(stats: Variables) -> list[Path]:
     """Return the path of each batch norm: a module with a mean and a variance."""
-    with_var = paths_with(stats, "var")
+    with_var = set(paths_with(stats, "var"))
     return [path for path in paths_with(stats, "mean") if path in with_var]
 
 
