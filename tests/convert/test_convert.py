@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 from flax import linen as nn
 from flax import nnx
+from libraries import DECAY, C, Haiku
+from libraries import LIBRARIES as PEERS
 from oracle import inference, random_case
-from peers import DECAY, PEERS, C, Haiku
 
 import jaxbn
 from jaxbn import convert

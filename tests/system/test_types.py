@@ -1,4 +1,4 @@
-"""What a type checker says of a user's code: nothing of right code, each wrong option."""
+"""Type checkers pass a user's right code and report each wrong argument."""
 
 import json
 import re
@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-pytest.importorskip("pyright", reason="pyright is a linter's dependency, not a test's")
+pytest.importorskip("pyright", reason="install the lint group for type checkers")
+pytest.importorskip("mypy", reason="install the lint group for type checkers")
 
 README = (Path(__file__).parents[2] / "README.md").read_text()
 EXAMPLE, *_ = re.findall(r"^```python\n(.*?)^```", README, re.DOTALL | re.MULTILINE)
@@ -51,25 +52,48 @@ def learn(params: jaxbn.BatchNormParams) -> optax.OptState:
 """
 
 
-def reported_lines(source: str, folder: Path) -> list[str]:
-    """Return the lines of `source` in which pyright reports errors."""
-    path = folder / "user.py"
-    path.write_text(source)
-    command = [sys.executable, "-m", "pyright", "--outputjson"]
-    command += ["--pythonpath", sys.executable, str(path)]
-    run = subprocess.run(command, capture_output=True, text=True, check=False)
-    found = json.loads(run.stdout)["generalDiagnostics"]
-    errors = [d for d in found if d["severity"] == "error"]
-    numbers = sorted({d["range"]["start"]["line"] for d in errors})
-    return [source.splitlines()[number] for number in numbers]
+def reported_by_pyright(path: Path) -> set[int]:
+    """Return the lines, from 0, in which pyright reports errors."""
+    out = run_module("pyright", "--outputjson", "--pythonpath", sys.executable, path)
+    found = json.loads(out)["generalDiagnostics"]
+    return {d["range"]["start"]["line"] for d in found if d["severity"] == "error"}
 
 
-def test_pyright_reports_each_wrong_argument(tmp_path):
-    calls = [line for line in WRONG.splitlines() if re.match(r"jaxbn\.\w+\(", line)]
+def reported_by_mypy(path: Path) -> set[int]:
+    """Return the lines, from 0, in which mypy --strict reports errors."""
+    out = run_module("mypy", "--strict", path)
+    lines = re.findall(
+        r"^[^:]+:(\d+): error: (?!Skipping analyzing)", out, re.MULTILINE
+    )
+    return {int(line) - 1 for line in lines}
+
+
+def run_module(name: str, *options: str | Path) -> str:
+    command = [sys.executable, "-m", name, *map(str, options)]
+    folder = Path(options[-1]).parent
+    return subprocess.run(
+        command, capture_output=True, text=True, check=False, cwd=folder
+    ).stdout
+
+
+CHECKERS = {"pyright": reported_by_pyright, "mypy": reported_by_mypy}
+
+
+@pytest.mark.parametrize("checker", CHECKERS)
+def test_type_checker_reports_each_wrong_argument(checker, tmp_path):
+    path = tmp_path / "user.py"
+    path.write_text(WRONG)
+    lines = WRONG.splitlines()
+    calls = [i for i, line in enumerate(lines) if re.match(r"jaxbn\.\w+\(", line)]
     assert len(calls) == 8
-    assert reported_lines(WRONG, tmp_path) == calls
+    assert sorted(CHECKERS[checker](path)) == calls
 
 
-@pytest.mark.parametrize("source", [RIGHT, EXAMPLE], ids=["options", "README"])
-def test_pyright_accepts_right_code(source, tmp_path):
-    assert reported_lines(source, tmp_path) == []
+@pytest.mark.parametrize(
+    ("checker", "source"),
+    [("pyright", RIGHT), ("mypy", RIGHT), ("pyright", EXAMPLE)],  # EXAMPLE has no types
+)
+def test_type_checker_accepts_right_code(checker, source, tmp_path):
+    path = tmp_path / "user.py"
+    path.write_text(source)
+    assert CHECKERS[checker](path) == set()
