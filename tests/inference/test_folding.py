@@ -653,7 +653,7 @@ def test_nnx_fold_error_names_the_damaged_pair(tower):
     before = nnx.to_pure_dict(nnx.state(model))
     with pytest.raises(ValueError, match="must not be negative") as caught:
         jaxbn.nnx.fold(model)
-    where = "'blocks.1.rest.layers.2' into 'blocks.1.rest.layers.1'"
+    where = "'blocks/1/rest/layers/2' into 'blocks/1/rest/layers/1'"
     assert where in caught.value.__notes__[0]
     assert norms_in(model) == 7
     assert_same(nnx.to_pure_dict(nnx.state(model)), before, 0)
