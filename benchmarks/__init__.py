@@ -1,1 +1,1 @@
-"""What jaxbn costs and what it buys, beside its peers: `python -m benchmarks`."""
+"""Benchmarks of jaxbn versus other libraries: `python -m benchmarks`."""

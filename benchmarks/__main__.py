@@ -1,6 +1,6 @@
-"""Benchmark jaxbn beside its peers: speed, growth, memory, accuracy.
+"""Benchmark jaxbn versus other libraries: speed, compile time, memory, accuracy.
 
-Everything runs on the CPU, in rounds that interleave all peers.
+Everything runs on the CPU, in rounds that interleave all libraries.
 """
 
 import argparse
@@ -13,48 +13,62 @@ import jax
 import numpy as np
 from rich.console import Console
 
-from . import _accuracy, _growth, _layers, _memory, _plots, _report, _step
+from . import (
+    _accuracy,
+    _compile,
+    _growth,
+    _layers,
+    _memory,
+    _plots,
+    _report,
+    _step,
+)
+from ._libraries import LIBRARIES, available
 from ._machine import flags, machine, versions
-from ._peers import PEERS, available
 from ._session import Session
 from ._torch import LAYOUTS, Torch
 
 SECTIONS = {
     "accuracy": _accuracy,
     "memory": _memory,
+    "compile": _compile,
     "step": _step,
     "growth": _growth,
-    "layers": _layers,  # its summary comes last
+    "layers": _layers,  # last, because it ends with the summary
 }
 HERE = Path(__file__).parent
 
 
-def arguments(argv: list[str] | None = None) -> argparse.Namespace:
-    """What the command was given."""
+def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    """Parse the command line."""
     parser = argparse.ArgumentParser("python -m benchmarks", description=__doc__)
-    names = [*PEERS, *LAYOUTS]
-    parser.add_argument("--quick", action="store_true", help="small: below a minute")
+    names = [*LIBRARIES, *LAYOUTS]
     parser.add_argument(
-        "--only",
-        type=_listed(SECTIONS),
-        default=[*SECTIONS],
-        metavar="A,B",
-        help=f"of {', '.join(SECTIONS)}",
+        "--quick", action="store_true", help="a small run, below a minute"
     )
     parser.add_argument(
-        "--peers",
-        type=_listed(names),
+        "--only",
+        type=_list_of(SECTIONS),
+        default=[*SECTIONS],
+        metavar="A,B",
+        help=f"sections to run: {', '.join(SECTIONS)}",
+    )
+    parser.add_argument(
+        "--libraries",
+        type=_list_of(names),
         default=names,
         metavar="A,B",
-        help=f"of {', '.join(names)}",
+        help=f"libraries to run: {', '.join(names)}",
     )
     parser.add_argument(
         "--torch-python", default=sys.executable, help="an interpreter that has torch"
     )
     parser.add_argument("--output", type=Path, help="default: benchmarks/results")
-    parser.add_argument("--seed", type=int, default=0, help="of all that is random")
+    parser.add_argument("--seed", type=int, default=0, help="seed of all random arrays")
     parser.add_argument(
-        "--write-readme", action="store_true", help="put the tables into the README"
+        "--write-readme",
+        action="store_true",
+        help="update the short tables in benchmarks/README.md",
     )
     args = parser.parse_args(argv)
     if args.output is None:
@@ -62,23 +76,23 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def _listed(known: Collection[str]) -> Callable[[str], list[str]]:
+def _list_of(known: Collection[str]) -> Callable[[str], list[str]]:
     def names(text: str) -> list[str]:
         chosen = text.split(",")
         if unknown := [name for name in chosen if name not in known]:
             raise argparse.ArgumentTypeError(
-                f"there is no {', '.join(unknown)}; choose of {', '.join(known)}"
+                f"there is no {', '.join(unknown)}; choose from {', '.join(known)}"
             )
         return chosen
 
     return names
 
 
-def start(args: argparse.Namespace, console: Console) -> tuple[Session, dict]:
-    """The session, and what every result says of how it was made."""
+def start_session(args: argparse.Namespace, console: Console) -> tuple[Session, dict]:
+    """Return the session, and the metadata that every result carries."""
     jax.config.update("jax_platforms", "cpu")
-    peers, missing = available([name for name in args.peers if name in PEERS])
-    layouts = [name for name in args.peers if name in LAYOUTS]
+    libraries, missing = available([n for n in args.libraries if n in LIBRARIES])
+    layouts = [name for name in args.libraries if name in LAYOUTS]
     torch = Torch(args.torch_python) if layouts else None
     if torch is not None and torch.missing:
         missing["torch"] = torch.missing
@@ -86,7 +100,7 @@ def start(args: argparse.Namespace, console: Console) -> tuple[Session, dict]:
     found = versions() | ({"torch": torch.version} if torch is not None else {})
     for name, reason in missing.items():
         console.print(f"missing: {name}: {reason}")
-    about = {
+    metadata = {
         "quick": args.quick,
         "seed": args.seed,
         "machine": machine(),
@@ -95,23 +109,23 @@ def start(args: argparse.Namespace, console: Console) -> tuple[Session, dict]:
         "missing": missing,
     }
     rng = np.random.default_rng(args.seed)
-    session = Session(args.quick, args.seed, rng, console, peers, torch, layouts)
-    return session, about
+    session = Session(args.quick, args.seed, rng, console, libraries, torch, layouts)
+    return session, metadata
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Run the sections one after the other; each leaves JSON, tables and pictures."""
-    args, console = arguments(argv), Console()
+    """Run the sections in order; each one writes JSON, tables and plots."""
+    args, console = parse_arguments(argv), Console()
     if not console.is_terminal:
-        console = Console(width=150)  # where a table of ten peers fits
+        console = Console(width=150)  # fits a table of ten libraries
     args.output.mkdir(parents=True, exist_ok=True)
-    began = time.perf_counter()
-    session, about = start(args, console)
+    start = time.perf_counter()
+    session, metadata = start_session(args, console)
     try:
         for name, section in SECTIONS.items():
             if name in args.only:
                 command = f"python -m benchmarks --only {name}"
-                head = {"section": name, "command": command, **about}
+                head = {"section": name, "command": command, **metadata}
                 data = head | section.run(session)
                 _report.save(data, args.output)
                 _plots.save(data, args.output)
@@ -121,7 +135,7 @@ def main(argv: list[str] | None = None) -> None:
             session.torch.close()
     if args.write_readme:
         _report.write_readme(HERE / "README.md", args.output)
-    console.print(f"{time.perf_counter() - began:.0f} s; JSON, tables and pictures in")
+    console.print(f"{time.perf_counter() - start:.0f} s; JSON, tables and plots in")
     console.print(args.output)
 
 

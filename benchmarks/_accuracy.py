@@ -1,65 +1,67 @@
-"""What a peer's speed is bought with: errors against float64, far from zero too."""
+"""Accuracy: errors against float64, for inputs centered at and far from zero."""
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 import numpy as np
 
-from ._peers import Peer
-from ._programs import rerun, step
+from ._libraries import Library
+from ._programs import run_step, step
 from ._session import Session
 from ._shapes import Shape
-from ._task import Results, Task, error, random_task, truth
+from ._task import Results, Task, max_error, random_task, reference
 
 SHAPE = Shape("", (4096, 64))
-# A bfloat16 has 8 bits: at 1e4 all values within a deviation of 1 are the same.
+# bfloat16 has 8 significant bits: near 1e4 it rounds away a standard deviation of 1.
 MEANS = {"float32": (0.0, 1e2, 1e4), "bfloat16": (0.0, 1e1)}
 
 
 def run(session: Session) -> dict:
-    """Rows of errors, by peer, dtype and mean; the deviation is 1."""
-    session, rows = session.distinct(), []
+    """Return a row of errors for each library, dtype and mean; x has deviation 1."""
+    session, rows = session.without_duplicates(), []
     for dtype in ("float32",) if session.quick else MEANS:
-        # Momentum 0: the running statistics are those of the batch.
+        # With momentum 0 the running statistics are the batch statistics.
         tasks = [
             random_task(session.rng, SHAPE, dtype, loc, momentum=0.0)
             for loc in MEANS[dtype]
         ]
-        wanted = [truth(task) for task in tasks]
-        for name, peer in session.track(peers(session, tasks[0]), f"accuracy {dtype}"):
-            for loc, got, want in zip(MEANS[dtype], peer(tasks), wanted, strict=True):
-                about = {"peer": name, "dtype": dtype, "loc": loc, "dims": SHAPE.dims}
-                rows.append(about | errors(got, want))
-    session.forget()
+        references = [reference(task) for task in tasks]
+        computed_by = by_library(session, tasks[0])
+        for name, compute in session.track(computed_by, f"accuracy {dtype}"):
+            for loc, got, expected in zip(
+                MEANS[dtype], compute(tasks), references, strict=True
+            ):
+                case = {"library": name, "dtype": dtype, "loc": loc, "dims": SHAPE.dims}
+                rows.append(case | errors(got, expected))
+    session.release()
     return {"rows": rows}
 
 
-def peers(session: Session, task: Task) -> list[tuple[str, Callable]]:
-    """By name: what gives the results of many tasks."""
+def by_library(session: Session, task: Task) -> list[tuple[str, Callable]]:
+    """Return each library's name and a function from tasks to results."""
     return [
-        *((name, partial(_by_jax, peer)) for name, peer in session.peers.items()),
-        *((n, partial(_by_torch, session, n)) for n in session.torch_layouts(task)),
+        *((n, partial(_run_jax, library)) for n, library in session.libraries.items()),
+        *((n, partial(_run_torch, session, n)) for n in session.torch_layouts(task)),
     ]
 
 
-def _by_jax(peer: Peer, tasks: list[Task]) -> list[Results]:
-    """Compiled once: the tasks differ in their numbers alone."""
-    layers = [peer.build(task) for task in tasks]
+def _run_jax(library: Library, tasks: list[Task]) -> list[Results]:
+    """Compile once: the tasks differ only in their numbers."""
+    layers = [library.build(task) for task in tasks]
     programs = step(tasks[0], layers[0])
-    return [rerun(*pair, *programs) for pair in zip(tasks, layers, strict=True)]
+    return [run_step(*pair, *programs) for pair in zip(tasks, layers, strict=True)]
 
 
-def _by_torch(session: Session, name: str, tasks: list[Task]) -> list[Results]:
+def _run_torch(session: Session, name: str, tasks: list[Task]) -> list[Results]:
     return [session.torch.open(task, name) for task in tasks]
 
 
-def errors(got: Results, want: Results) -> dict[str, Any]:
-    """Largest errors: of the mean in deviations, of the variance relative to it."""
+def errors(got: Results, expected: Results) -> dict[str, float]:
+    """Return the largest errors: mean in standard deviations, variance relative."""
     mean, var = (np.asarray(a, np.float64) for a in (got.mean, got.var))
     return {
-        "mean": float(np.abs((mean - want.mean) / np.sqrt(want.var)).max()),
-        "var": float(np.abs(var / want.var - 1).max()),
-        "dx": error(got.dx, want.dx),
-        "dscale": error(got.dscale, want.dscale),
+        "mean": float(np.abs((mean - expected.mean) / np.sqrt(expected.var)).max()),
+        "var": float(np.abs(var / expected.var - 1).max()),
+        "dx": max_error(got.dx, expected.dx),
+        "dscale": max_error(got.dscale, expected.dscale),
     }

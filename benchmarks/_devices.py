@@ -1,6 +1,6 @@
-"""One batch dealt to 1, 2, 4, 8 CPU devices: time, and collectives in the programs.
+"""One batch sharded over 1, 2, 4 and 8 CPU devices: time and collectives.
 
-The cores stay as many, so that a longer time is what dealing and merging cost.
+The number of cores stays the same: added time is the cost of sharding and merging.
 """
 
 import json
@@ -15,7 +15,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from ._peers import linen
+from ._libraries import linen
 from ._programs import Program
 from ._shapes import Shape
 from ._task import random_task
@@ -26,13 +26,13 @@ KINDS = "all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute"
 
 
 def collectives(text: str) -> list[tuple[str, int]]:
-    """Kind and bytes of the result of each collective in a compiled program."""
+    """Return the kind and the result's bytes of each collective in a program."""
     found = re.findall(rf"= (\(.*?\)|\S+) ({KINDS})(?:-start)?\(", text)
     return [(kind, num_bytes(shapes)) for shapes, kind in found]
 
 
 def num_bytes(shapes: str) -> int:
-    """Of `(f32[2,3]{1,0}, f32[4]{0})`: 40."""
+    """Return the bytes of HLO shapes: 40 for `(f32[2,3]{1,0}, f32[4]{0})`."""
     arrays = re.findall(r"(\w+)\[([\d,]*)\]", shapes)
     return sum(
         BYTES[kind] * math.prod(map(int, filter(None, dims.split(","))))
@@ -41,13 +41,13 @@ def num_bytes(shapes: str) -> int:
 
 
 def programs(name: str, devices: int, shape: Shape, seed: int) -> dict:
-    """Forward, and forward with backward, of a linen layer under `shard_map`."""
+    """Compile a linen layer under `shard_map`: forward, and forward with backward."""
     task = random_task(np.random.default_rng(seed), shape, "float32")
     mesh = Mesh(np.array(jax.devices()[:devices]), ("data",))
     x, dy = jax.device_put((task.x, task.dy), NamedSharding(mesh, P("data")))
-    shared = NamedSharding(mesh, P())
+    replicated = NamedSharding(mesh, P())
     layer = linen(name, axis_name="data")(task)
-    params, state = jax.device_put((layer.params, layer.state), shared)
+    params, state = jax.device_put((layer.params, layer.state), replicated)
 
     @partial(
         jax.shard_map,
@@ -71,31 +71,31 @@ def programs(name: str, devices: int, shape: Shape, seed: int) -> dict:
 
 
 def measure(names: list[str], quick: bool, seed: int) -> list[dict]:
-    """Rows for each peer, number of devices and work."""
+    """Return a row for each library, number of devices and phase."""
     shape = Shape("", (512, 64) if quick else (32, 28, 28, 256))
-    made = {
-        (name, devices, work): program
+    compiled = {
+        (name, devices, phase): program
         for name in names
         for devices in ((1, 8) if quick else (1, 2, 4, 8))
-        for work, program in programs(name, devices, shape, seed).items()
+        for phase, program in programs(name, devices, shape, seed).items()
     }
     samples = interleave(
-        {case: sampler(program) for case, program in made.items()},
+        {case: sampler(program) for case, program in compiled.items()},
         rounds=5 if quick else 40,
         rng=np.random.default_rng(seed),
         limit=2 if quick else 30,
     )
     return [
-        {"peer": name, "devices": devices, "work": work, "dims": shape.dims}
-        | summarize(samples[name, devices, work])._asdict()
+        {"library": name, "devices": devices, "phase": phase, "dims": shape.dims}
+        | summarize(samples[name, devices, phase])._asdict()
         | {"collectives": collectives(program.compiled().as_text())}
-        for (name, devices, work), program in made.items()
+        for (name, devices, phase), program in compiled.items()
     ]
 
 
 if __name__ == "__main__":
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_num_cpu_devices", 8)
-    jnp.zeros(())  # fixes the number of devices
+    jnp.zeros(())  # starts the backend, which fixes the number of devices
     seed, quick, *names = sys.argv[1:]
     print(json.dumps(measure(names, quick == "1", int(seed))))

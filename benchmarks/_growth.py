@@ -1,4 +1,4 @@
-"""How time grows: with rows, with channels, with devices."""
+"""Growth of time with the batch size, the number of features and of devices."""
 
 import json
 import os
@@ -8,31 +8,37 @@ from pathlib import Path
 
 from ._layers import measure
 from ._session import Session
-from ._shapes import channels_of, rows_of
+from ._shapes import growing_batch, growing_features
 
-PEERS = ("jaxbn", "flax.linen", "torch contiguous")
+LIBRARIES = ("jaxbn", "flax.linen", "torch contiguous")
 
 
 def run(session: Session) -> dict:
-    """Rows of times by rows and channels, float32; the devices' from a process."""
-    few = session.only(*PEERS)
-    rows = rows_of(range(8, 13, 4) if session.quick else range(6, 19, 2))
-    channels = channels_of(range(5, 10, 4) if session.quick else range(3, 14, 2))
-    cells = [("rows", shape) for shape in rows] + [("channels", s) for s in channels]
-    found = []
+    """Return times by batch size, by features and by devices, in float32."""
+    subset = session.only(*LIBRARIES)
+    shapes = {
+        "examples": growing_batch(
+            range(8, 13, 4) if session.quick else range(6, 19, 2)
+        ),
+        "features": growing_features(
+            range(5, 10, 4) if session.quick else range(3, 14, 2)
+        ),
+    }
+    cells = [(along, shape) for along in shapes for shape in shapes[along]]
+    rows = []
     for along, shape in session.track(cells, "growth"):
-        times, _ = measure(few, shape, "float32", ("forward", "backward"))
-        found += [{"along": along} | row for row in times]
-    return {"rows": found, "devices": devices(session)}
+        times, _ = measure(subset, shape, "float32", ("forward", "backward"))
+        rows += [{"along": along} | row for row in times]
+    return {"rows": rows, "devices": devices(session)}
 
 
 def devices(session: Session) -> list[dict]:
-    """The rows of `_devices.py`: JAX has its number of devices from its start."""
-    peers = [name for name in ("jaxbn.linen", "flax.linen") if name in session.peers]
+    """Run `_devices.py` in a new process: JAX fixes its devices when it starts."""
+    libraries = [n for n in ("jaxbn.linen", "flax.linen") if n in session.libraries]
     here = Path(__file__).parent.parent
     command = [sys.executable, "-m", "benchmarks._devices", str(session.seed)]
     child = subprocess.run(
-        [*command, str(int(session.quick)), *peers],
+        [*command, str(int(session.quick)), *libraries],
         cwd=here,
         env=os.environ | {"PYTHONPATH": os.pathsep.join([str(here), *sys.path])},
         stdout=subprocess.PIPE,

@@ -1,8 +1,8 @@
-"""How many bytes a compiled program moves, read off its optimized HLO text.
+"""Count the bytes that a compiled program moves, from its optimized HLO text.
 
-XLA's GPU compiler turns the entry computation into a list of kernels: what a line of it
-reads and writes goes through device memory, and what is inside a fusion stays in
-registers. XLA's own cost analysis is not there for a GPU that is only described.
+XLA's GPU compiler turns each line of the entry computation into a kernel: its operands
+and results go through device memory, and intermediate values of a fusion stay in
+registers. XLA's own cost analysis does not support a GPU that is only described.
 """
 
 import math
@@ -10,9 +10,9 @@ import re
 from collections.abc import Iterator
 from typing import NamedTuple
 
-# These give names to buffers that are there already.
-FREE = {"bitcast", "constant", "get-tuple-element", "parameter", "tuple"}
-# What these run is another computation, some number of times.
+# Operations that only rename existing buffers.
+NO_TRAFFIC = {"bitcast", "constant", "get-tuple-element", "parameter", "tuple"}
+# Operations that run another computation, an unknown number of times.
 UNCOUNTABLE = {"call", "conditional", "while"}
 
 ARRAY = re.compile(r"(\w+)\[([\d,]*)\]")
@@ -26,7 +26,7 @@ COMPUTATION = re.compile(
 
 
 class Instruction(NamedTuple):
-    """One line of a computation; the operand of a parameter is its number."""
+    """Hold one line of a computation; a parameter's operand is its number."""
 
     name: str
     type: str
@@ -36,7 +36,7 @@ class Instruction(NamedTuple):
 
 
 class Kernel(NamedTuple):
-    """What one launch moves, in bytes."""
+    """Hold the bytes that one kernel launch reads and writes."""
 
     name: str
     read: int
@@ -44,18 +44,18 @@ class Kernel(NamedTuple):
 
 
 def traffic(hlo: str) -> int:
-    """The bytes that all kernels of a program read and write."""
+    """Return the bytes that all kernels of a program read and write."""
     return sum(kernel.read + kernel.written for kernel in kernels(hlo))
 
 
 def kernels(hlo: str) -> list[Kernel]:
-    """The launches of the entry computation, in order.
+    """Return the kernels of the entry computation, in order.
 
     Each operand is read once, each result written once. A fusion that only slices an
     operand reads the slices. The scratch space of a custom call (a convolution) is not
-    counted, for how often it is used is not known.
+    counted, because its number of uses is unknown.
 
-    **Raises** `ValueError` where the program holds a loop, a call or a branch.
+    **Raises** `ValueError` if the program contains a loop, a call or a branch.
 
     >>> kernels('''
     ... ENTRY %main (x: f32[4,8]) -> bf16[4,8] {
@@ -71,12 +71,12 @@ def kernels(hlo: str) -> list[Kernel]:
     return [
         Kernel(i.name, _bytes_read(i, sizes, computations), sizes[i.name])
         for i in entry
-        if i.op not in FREE
+        if i.op not in NO_TRAFFIC
     ]
 
 
 def _computations(hlo: str) -> dict[str, list[Instruction]]:
-    """The instructions of each computation; the one that runs is "ENTRY"."""
+    """Parse the instructions of each computation; the entry is named "ENTRY"."""
     hlo = re.sub(r"/\*.*?\*/", "", hlo)  # comments: /*index=5*/
     return {
         "ENTRY" if found["entry"] else found["name"]: list(_instructions(found["body"]))
@@ -94,7 +94,7 @@ def _instructions(body: str) -> Iterator[Instruction]:
 
 
 def _size(instruction: Instruction) -> int:
-    """Bytes of an instruction's result: of all its arrays, where it has several."""
+    """Return the bytes of an instruction's result, summed over its arrays."""
     arrays = ARRAY.findall(instruction.type)
     if instruction.op == "custom-call":
         arrays = [(dtype, shape) for dtype, shape in arrays if dtype != "u8"]
@@ -102,7 +102,7 @@ def _size(instruction: Instruction) -> int:
 
 
 def _array_size(dtype: str, shape: str) -> int:
-    bits = re.search(r"\d+", dtype)  # the first: f8e4m3fn has 8
+    bits = re.search(r"\d+", dtype)  # the first number: 8 in f8e4m3fn
     width = max(int(bits[0]) // 8, 1) if bits else 1  # pred
     return width * math.prod(int(n) for n in shape.split(",") if n)
 
@@ -112,7 +112,7 @@ def _bytes_read(
     sizes: dict[str, int],
     computations: dict[str, list[Instruction]],
 ) -> int:
-    """An operand that is named twice is read once."""
+    """Return the bytes read; an operand that is named twice counts once."""
     if instruction.op in UNCOUNTABLE:
         raise ValueError(
             f"Kernels can be counted in straight-line HLO only; got "
@@ -128,7 +128,7 @@ def _bytes_read(
 
 
 def _sliced(body: list[Instruction]) -> dict[int, int]:
-    """The parameters of a fusion that it only slices: bytes of the slices by number."""
+    """Return the slices' bytes, by number, of parameters that are only sliced."""
     return {
         int(parameter.operands[0]): sum(map(_size, users))
         for parameter in body

@@ -1,4 +1,4 @@
-"""On what and with what a result was made: no names of hosts, no paths."""
+"""Describe the machine and the software of a result, without hosts or paths."""
 
 import importlib.metadata
 import os
@@ -11,14 +11,14 @@ FLAGS = ("XLA_FLAGS", "OMP_NUM_THREADS", "OMP_WAIT_POLICY", "MALLOC_ARENA_MAX")
 
 
 def cores() -> int:
-    """How many cores this process may use."""
+    """Return the number of cores that this process may use."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
 
 
 def machine() -> dict:
-    """Cores, CPU model and system."""
+    """Return the cores, the CPU model, the system and the Python version."""
     return {
         "cores": cores(),
         "cpu": _cpu_model(),
@@ -37,7 +37,7 @@ def _cpu_model() -> str:
 
 
 def versions() -> dict[str, str]:
-    """Of every package that takes part and is installed."""
+    """Return the version of each benchmarked package that is installed."""
     found = {}
     for name in PACKAGES:
         try:
@@ -48,5 +48,5 @@ def versions() -> dict[str, str]:
 
 
 def flags() -> dict[str, str]:
-    """Environment variables that change what XLA and torch do, where set."""
+    """Return the set environment variables that affect XLA and PyTorch."""
     return {name: os.environ[name] for name in FLAGS if name in os.environ}

@@ -1,4 +1,4 @@
-"""Pictures of the results, in colours that colour-blind readers tell apart."""
+"""Plots of the results, in colours that colour-blind readers can distinguish."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -9,7 +9,7 @@ from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
 
-# Okabe & Ito, "Color Universal Design", 2008; and markers, for print.
+# Colours of Okabe & Ito, "Color Universal Design", 2008; markers for print.
 STYLES = {
     "jaxbn": ("#000000", "o"),
     "jaxbn.linen": ("#000000", "o"),
@@ -22,55 +22,56 @@ STYLES = {
     "torch contiguous": ("#D55E00", "*"),
     "no batch norm": ("#999999", "."),
 }
-DROPPED = ("jaxbn.linen", "jaxbn.nnx")  # where `jaxbn` stands: the same computation
+DUPLICATES = ("jaxbn.linen", "jaxbn.nnx")  # of `jaxbn`: the same computation
 
 
 def save(data: dict, folder: Path) -> None:
-    """The pictures of a section's data."""
+    """Save the plots of a section as PNG files."""
     for name, figure in figures(data).items():
         figure.savefig(folder / f"{name}.png", dpi=110)
 
 
 def figures(data: dict) -> dict[str, Figure]:
-    """By file name."""
+    """Return the plots of a section by file name."""
     return {
         "layers": _layers,
         "growth": _growth,
         "step": _step,
+        "compile": lambda data: {},  # the table has six rows
         "memory": _memory,
         "accuracy": _accuracy,
     }[data["section"]](data)
 
 
 def _plain_log(axis: Axis, subs: tuple[float, ...] = (1, 2, 5)) -> None:
-    """A logarithmic axis with plain numbers on it: 0.5, 1, 2, 5."""
+    """Label a logarithmic axis with plain numbers: 0.5, 1, 2, 5."""
     axis.set_major_locator(LogLocator(subs=subs))
     axis.set_major_formatter("{x:g}")
     axis.set_minor_formatter(NullFormatter())
 
 
-def _peers(rows: list[dict]) -> list[str]:
-    return [p for p in STYLES if any(r["peer"] == p for r in rows)]
+def _libraries(rows: list[dict]) -> list[str]:
+    return [name for name in STYLES if any(r["library"] == name for r in rows)]
 
 
-def _compared(rows: list[dict]) -> list[dict]:
-    """Without jaxbn's layers, where the function stands for them."""
-    function = any(r["peer"] == "jaxbn" for r in rows)
-    return [r for r in rows if not (function and r["peer"] in DROPPED)]
+def _without_duplicates(rows: list[dict]) -> list[dict]:
+    """Drop jaxbn's layers if the function is included."""
+    function = any(r["library"] == "jaxbn" for r in rows)
+    return [r for r in rows if not (function and r["library"] in DUPLICATES)]
 
 
 def _layers(data: dict) -> dict[str, Figure]:
     found = {}
     for dtype in dict.fromkeys(r["dtype"] for r in data["rows"]):
-        rows = _compared([r for r in data["rows"] if r["dtype"] == dtype])
+        rows = _without_duplicates([r for r in data["rows"] if r["dtype"] == dtype])
         found[f"layers_{dtype}"] = _bars(rows, dtype)
         found[f"floor_{dtype}"] = _against_floor(rows, dtype)
     return found
 
 
 def _bars(rows: list[dict], dtype: str) -> Figure:
-    """Forward + backward of each shape, in floors: 1 is all that memory allows."""
-    rows = [r for r in rows if r["work"] == "both"]
+    """Plot forward + backward of each shape in units of the floor."""
+    rows = [r for r in rows if r["phase"] == "both"]
     shapes = list(dict.fromkeys(r["shape"] for r in rows))
     half = (len(shapes) + 1) // 2
     figure = Figure(figsize=(13, 8), layout="constrained")
@@ -92,46 +93,47 @@ def _bars(rows: list[dict], dtype: str) -> Figure:
 
 
 def _grouped(axes: Axes, rows: list[dict], group: str, value: str) -> None:
-    """Bars side by side in each group, quartiles as whiskers where there are some."""
+    """Draw a bar per library in each group, with quartiles as whiskers if present."""
     groups = list(dict.fromkeys(r[group] for r in rows))
-    peers = _peers(rows)
+    libraries = _libraries(rows)
     axes.set_axisbelow(True)
-    width = 0.85 / max(len(peers), 1)
-    for k, peer in enumerate(peers):
-        some = [r for r in rows if r["peer"] == peer]
-        where = [
-            groups.index(r[group]) + (k - (len(peers) - 1) / 2) * width for r in some
-        ]
+    width = 0.85 / max(len(libraries), 1)
+    for k, library in enumerate(libraries):
+        some = [r for r in rows if r["library"] == library]
+        offset = (k - (len(libraries) - 1) / 2) * width
+        positions = [groups.index(r[group]) + offset for r in some]
         heights = np.array([r[value] for r in some])
-        colour = STYLES[peer][0]
-        axes.bar(where, heights, width * 0.92, color=colour, label=peer)
+        colour = STYLES[library][0]
+        axes.bar(positions, heights, width * 0.92, color=colour, label=library)
         if "median" in some[0]:
             scale = heights / [r["median"] for r in some]
             low, high = (scale * [r[end] for r in some] for end in ("low", "high"))
             error = np.abs([heights - low, high - heights])
-            axes.errorbar(where, heights, error, fmt="none", ecolor="#666666", lw=1)
+            axes.errorbar(positions, heights, error, fmt="none", ecolor="#666666", lw=1)
     axes.set_xticks(range(len(groups)), [str(g).replace(" ", "\n", 1) for g in groups])
 
 
 def _against_floor(rows: list[dict], dtype: str) -> Figure:
-    """A point for each shape and peer; on the diagonal, nothing could be faster."""
+    """Plot a point for each shape and library; the diagonal is the floor."""
     figure = Figure(figsize=(12, 5.5), layout="constrained")
-    for axes, work in zip(figure.subplots(1, 2), ("forward", "backward"), strict=True):
-        some = [r for r in rows if r["work"] == work]
+    for axes, phase in zip(figure.subplots(1, 2), ("forward", "backward"), strict=True):
+        some = [r for r in rows if r["phase"] == phase]
         floors = sorted(1e3 * r["floor"] for r in some)
         axes.loglog(floors, floors, color="black", lw=0.8, ls="--", label="floor")
-        for peer in _peers(some):
-            points = [(r["floor"], r["median"]) for r in some if r["peer"] == peer]
-            colour, marker = STYLES[peer]
+        for library in _libraries(some):
+            points = [
+                (r["floor"], r["median"]) for r in some if r["library"] == library
+            ]
+            colour, marker = STYLES[library]
             xs, ys = 1e3 * np.array(points).T
-            above = 5 if peer == "jaxbn" else 2
-            style = {"color": colour, "mec": "black", "mew": 0.3, "zorder": above}
-            axes.plot(xs, ys, marker, label=peer, **style)
-        axes.set(title=work, xlabel="floor, ms", ylabel="time, ms")
+            zorder = 5 if library == "jaxbn" else 2
+            style = {"color": colour, "mec": "black", "mew": 0.3, "zorder": zorder}
+            axes.plot(xs, ys, marker, label=library, **style)
+        axes.set(title=phase, xlabel="floor, ms", ylabel="time, ms")
         for axis in (axes.xaxis, axes.yaxis):
             _plain_log(axis)
         axes.grid(alpha=0.3)
-    figure.suptitle(f"Time against the floor, {dtype}: one point for each shape")
+    figure.suptitle(f"Time against the floor, {dtype}: one point per shape")
     handles, labels = figure.axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=5)
     return figure
@@ -140,41 +142,41 @@ def _against_floor(rows: list[dict], dtype: str) -> Figure:
 def _growth(data: dict) -> dict[str, Figure]:
     figure = Figure(figsize=(14, 5), layout="constrained")
     *first, last = figure.subplots(1, 3)
-    for axes, along in zip(first, ("rows", "channels"), strict=True):
-        rows = [r for r in data["rows"] if (r["along"], r["work"]) == (along, "both")]
-        place = 0 if along == "rows" else 1
-        _lines(axes, rows, lambda r, place=place: r["dims"][place])
-        floors = sorted({r["dims"][place]: 1e3 * r["floor"] for r in rows}.items())
+    for axes, along in zip(first, ("examples", "features"), strict=True):
+        rows = [r for r in data["rows"] if (r["along"], r["phase"]) == (along, "both")]
+        dim = 0 if along == "examples" else 1
+        _lines(axes, rows, lambda r, dim=dim: r["dims"][dim])
+        floors = sorted({r["dims"][dim]: 1e3 * r["floor"] for r in rows}.items())
         axes.plot(*zip(*floors, strict=True), color="black", ls="--", label="floor")
-        other = [r["dims"][1 - place] for r in rows][:1]
-        fixed = {"rows": "channels", "channels": "rows"}[along]
-        axes.set_title(f"{along}, with {other[0]} {fixed}" if other else along)
+        size = [r["dims"][1 - dim] for r in rows][:1]
+        fixed = {"examples": "features", "features": "examples"}[along]
+        axes.set_title(f"{along}, with {size[0]} {fixed}" if size else along)
         axes.set(xlabel=along, ylabel="forward + backward, ms", yscale="log")
         axes.set_xscale("log", base=2)
         axes.xaxis.set_major_formatter("{x:g}")
         axes.tick_params(axis="x", labelrotation=30)
         _plain_log(axes.yaxis)
         axes.legend()
-    both = [r for r in data["devices"] if r["work"] == "both"]
+    both = [r for r in data["devices"] if r["phase"] == "both"]
     _lines(last, both, lambda r: r["devices"])
-    last.set(title="the same batch on CPU devices (the cores stay)", ylim=(0, None))
+    last.set(title="the same batch on more CPU devices (same cores)", ylim=(0, None))
     last.set(xlabel="devices", ylabel="forward + backward, ms", xticks=(1, 2, 4, 8))
     last.legend()
     for axes in figure.axes:
         axes.grid(alpha=0.3)
-    figure.suptitle("How time grows, float32 (medians; bands: quartiles)")
+    figure.suptitle("Growth of time, float32 (medians; bands: quartiles)")
     return {"growth": figure}
 
 
-def _lines(axes: Axes, rows: list[dict], where: Callable[[dict], int]) -> None:
-    """Medians with a band between the quartiles, against what `where` says."""
-    for peer in _peers(rows):
-        some = sorted((r for r in rows if r["peer"] == peer), key=where)
-        xs, (colour, marker) = [where(r) for r in some], STYLES[peer]
+def _lines(axes: Axes, rows: list[dict], position: Callable[[dict], int]) -> None:
+    """Plot medians over `position`, with a band between the quartiles."""
+    for library in _libraries(rows):
+        some = sorted((r for r in rows if r["library"] == library), key=position)
+        xs, (colour, marker) = [position(r) for r in some], STYLES[library]
         low, median, high = (
             [1e3 * r[name] for r in some] for name in ("low", "median", "high")
         )
-        axes.plot(xs, median, color=colour, marker=marker, label=peer)
+        axes.plot(xs, median, color=colour, marker=marker, label=library)
         axes.fill_between(xs, low, high, color=colour, alpha=0.2)
 
 
@@ -185,10 +187,10 @@ def _step(data: dict) -> dict[str, Figure]:
     medians = 1e3 * np.array([r["median"] for r in rows])
     low, high = (1e3 * np.array([r[end] for r in rows]) for end in ("low", "high"))
     axes.barh(
-        [r["peer"] for r in rows],
+        [r["library"] for r in rows],
         medians,
         xerr=[medians - low, high - medians],
-        color=[STYLES[r["peer"]][0] for r in rows],
+        color=[STYLES[r["library"]][0] for r in rows],
         ecolor="#666666",
     )
     axes.invert_yaxis()
@@ -204,11 +206,12 @@ def _memory(data: dict) -> dict[str, Figure]:
     figure = Figure(figsize=(12, 4.5), layout="constrained")
     rows = [
         r | {name: r[name] / r["x"] for name in ("residuals", "scan_peak")}
-        for r in _compared(data["rows"])
+        for r in _without_duplicates(data["rows"])
     ]
+    depth = data["layers"]
     titles = {
-        "residuals": "kept by jax.vjp of one layer",
-        "scan_peak": f"temporaries, gradient of a scan over {data['layers']} layers",
+        "residuals": "residuals of jax.vjp, one layer",
+        "scan_peak": f"temporary memory, gradient of a scan over {depth} layers",
     }
     for axes, (name, title) in zip(figure.subplots(1, 2), titles.items(), strict=True):
         _grouped(axes, rows, "dtype", name)
@@ -220,23 +223,23 @@ def _memory(data: dict) -> dict[str, Figure]:
 
 
 def _accuracy(data: dict) -> dict[str, Figure]:
-    rows = _compared([r for r in data["rows"] if r["dtype"] == "float32"])
+    rows = _without_duplicates([r for r in data["rows"] if r["dtype"] == "float32"])
     figure = Figure(figsize=(13, 4.8), layout="constrained")
     titles = {
-        "mean": "mean, in deviations",
+        "mean": "mean, in standard deviations",
         "var": "variance, relative",
-        "dx": "dx, of its largest entry",
+        "dx": "dx, relative to its largest entry",
     }
     for axes, (name, title) in zip(figure.subplots(1, 3), titles.items(), strict=True):
         shown = [r | {"at": f"mean {r['loc']:g}"} for r in rows]
-        for r in shown:  # NaN reaches the top of the picture
+        for r in shown:  # NaN is drawn at the top
             r[name] = r[name] if r[name] is not None and r[name] == r[name] else 1e9
         _grouped(axes, shown, "at", name)
         axes.set(title=title, yscale="log", ylabel="largest error", ylim=(1e-9, 1e2))
         axes.grid(axis="y", alpha=0.3)
     figure.suptitle(
-        "Error against float64 of float32 x with deviation 1, 4096x64 "
-        "(bars at the top: 100 and more, or NaN)"
+        "Error of float32 versus float64, x of 4096x64 with standard deviation 1 "
+        "(bars at the top: at least 100, or NaN)"
     )
     handles, labels = figure.axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=8)

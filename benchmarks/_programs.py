@@ -1,8 +1,8 @@
-"""Compiled programs that write over their own last outputs.
+"""Compiled programs that reuse the memory of their previous outputs.
 
-A fresh output above 32 MiB is mapped and faulted in page by page at each call: then a
-benchmark times the operating system. So the outputs of each call are donated to the
-next, and what is timed are the passes over memory.
+The operating system maps a new output above 32 MiB page by page, which can take longer
+than the computation. Each call therefore donates its outputs to the next call, so that
+a benchmark times the passes over memory.
 """
 
 from collections.abc import Callable
@@ -12,36 +12,36 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ._peers import Layer
+from ._libraries import Layer
 from ._task import Results, Task
 
 
 class Split(NamedTuple):
-    """Which outputs a program must compute, and where every output then is."""
+    """Hold the computed outputs, and the position of every output."""
 
-    computed: list[int]  # positions among the outputs
-    where: list[int]  # of each output, in inputs + computed
+    computed: list[int]  # indices into the outputs
+    where: list[int]  # index of each output in inputs + computed outputs
 
 
 def split_outputs(jaxpr: Any) -> Split:
-    """Tell outputs that are computed from inputs handed on, and from repeats.
+    """Separate computed outputs from forwarded inputs and repeated outputs.
 
-    `jit` hands such an input on as the very same buffer: donated, it would be gone
-    for the next call. A residual that is x itself is one.
+    `jit` returns a forwarded input, for example the residual x, as the same buffer; if
+    it were donated, the next call could not use it.
     """
     known, computed, where = list(jaxpr.invars), [], []
     for position, out in enumerate(jaxpr.outvars):
-        place = next((i for i, known_one in enumerate(known) if known_one is out), None)
-        if place is None:
-            place = len(known)
+        index = next((i for i, var in enumerate(known) if var is out), None)
+        if index is None:
+            index = len(known)
             known.append(out)
             computed.append(position)
-        where.append(place)
+        where.append(index)
     return Split(computed, where)
 
 
 class Program:
-    """`function(*args)`, compiled; each call recycles the memory of the last."""
+    """Compile `function(*args)`; each call reuses the outputs of the previous call."""
 
     def __init__(self, function: Callable, *args: Any):
         self._inputs, in_tree = jax.tree.flatten(args)
@@ -56,42 +56,42 @@ class Program:
         computed, self._where = split_outputs(jaxpr.jaxpr)
         self.avals: list[Any] = [var.aval for var in jaxpr.jaxpr.outvars]
 
-        # Flat lists of arrays: no library pays for the look of its pytrees.
-        def recycling(spent: list[jax.Array], *inputs: jax.Array) -> list[jax.Array]:
+        # Flat lists of arrays: the time excludes each library's pytrees.
+        def donating(spent: list[jax.Array], *inputs: jax.Array) -> list[jax.Array]:
             outputs = flat(*inputs)
             return [outputs[i] for i in computed]
 
-        self._call = jax.jit(recycling, donate_argnums=0, keep_unused=True)
+        self._call = jax.jit(donating, donate_argnums=0, keep_unused=True)
         self._spent = [
             jnp.zeros(self.avals[i].shape, self.avals[i].dtype) for i in computed
         ]
 
-    def feed(self, *args: Any) -> None:
-        """Take other values for `args`: those a program before has made since."""
+    def set_inputs(self, *args: Any) -> None:
+        """Replace `args`, for example by another program's latest results."""
         self._inputs = jax.tree.leaves(args)
 
     def __call__(self) -> None:
-        """Run once, to the end."""
+        """Run once and wait for the outputs."""
         self._spent = jax.block_until_ready(self._call(self._spent, *self._inputs))
 
     def result(self) -> Any:
-        """What the last call returned, valid until the next."""
+        """Return the outputs of the last call, valid until the next call."""
         known = [*self._inputs, *self._spent]
         return jax.tree.unflatten(self._out_tree, [known[i] for i in self._where])
 
-    def held(self, position: int) -> list[Any]:
-        """Shapes and dtypes of the arrays in one of several results, each once."""
-        places = jax.tree.unflatten(self._out_tree, self._where)[position]
+    def result_avals(self, position: int) -> list[Any]:
+        """Return shape and dtype of each distinct array in the result at `position`."""
+        indices = jax.tree.unflatten(self._out_tree, self._where)[position]
         avals = dict(zip(self._where, self.avals, strict=True))
-        return [avals[place] for place in set(jax.tree.leaves(places))]
+        return [avals[index] for index in set(jax.tree.leaves(indices))]
 
     def compiled(self) -> Any:
-        """The executable, for its text and its memory analysis."""
+        """Return the executable, for its text and its memory analysis."""
         return self._call.lower(self._spent, *self._inputs).compile()
 
 
 def forward(layer: Layer, x: jax.Array) -> Program:
-    """`(y, new_state, vjp)`: `vjp` is a pytree that holds the residuals."""
+    """Compile `(y, new_state, vjp)`; the pytree `vjp` holds the residuals."""
 
     def run(params: Any, state: Any, x: jax.Array) -> tuple:
         def train(params: Any, x: jax.Array) -> tuple[jax.Array, Any]:
@@ -104,49 +104,56 @@ def forward(layer: Layer, x: jax.Array) -> Program:
 
 
 def backward(vjp: Callable, dy: jax.Array) -> Program:
-    """`(dparams, dx)` from what a forward kept: feed it, for the next one recycles."""
+    """Compile `(dparams, dx)` from the residuals of a forward.
+
+    Call `set_inputs` after each forward, which overwrites the previous residuals.
+    """
     return Program(lambda vjp, dy: vjp(dy), vjp, dy)
 
 
 def inference(layer: Layer, x: jax.Array) -> Program:
-    """Y by the running statistics."""
+    """Compile `y` from the running statistics."""
     return Program(layer.inference, layer.params, layer.state, x)
 
 
 def copy(num_bytes: int) -> Program:
-    """One pass that reads and one that writes: as fast as this machine's memory."""
+    """Compile an elementwise copy, which reads once and writes once."""
     x = jnp.arange(num_bytes // 4, dtype=jnp.float32)
     return Program(lambda x, factor: x * factor, x, jnp.float32(1.5))
 
 
-def place(task: Task, layer: Layer, a: Any) -> jax.Array:
-    """An array of the task's as the layer wants it laid out."""
-    return jnp.asarray(jnp.moveaxis(a, task.axis, 1) if layer.channels_first else a)
+def to_layer_layout(task: Task, layer: Layer, a: Any) -> jax.Array:
+    """Transpose an array of the task to the layout of the layer."""
+    return jnp.asarray(jnp.moveaxis(a, task.axis, 1) if layer.features_first else a)
 
 
-def take_back(task: Task, layer: Layer, a: jax.Array) -> jax.Array:
-    """An array of the layer's as the task has it laid out."""
-    return jnp.moveaxis(a, 1, task.axis) if layer.channels_first else a
+def to_task_layout(task: Task, layer: Layer, a: jax.Array) -> jax.Array:
+    """Transpose an array of the layer to the layout of the task."""
+    return jnp.moveaxis(a, 1, task.axis) if layer.features_first else a
 
 
 def step(task: Task, layer: Layer) -> tuple[Program, Program]:
-    """Forward and backward of a layer, having run."""
-    there = forward(layer, place(task, layer, task.x))
-    there()
-    back = backward(there.result()[2], place(task, layer, task.dy))
-    back()
-    return there, back
+    """Compile the forward and the backward of a layer, and run both once."""
+    run_forward = forward(layer, to_layer_layout(task, layer, task.x))
+    run_forward()
+    _, _, vjp = run_forward.result()
+    run_backward = backward(vjp, to_layer_layout(task, layer, task.dy))
+    run_backward()
+    return run_forward, run_backward
 
 
-def rerun(task: Task, layer: Layer, there: Program, back: Program) -> Results:
-    """What the two programs of such a layer compute for this task."""
-    there.feed(layer.params, layer.state, place(task, layer, task.x))
-    there()
-    y, state, vjp = there.result()
-    back.feed(vjp, place(task, layer, task.dy))
-    back()
-    dparams, dx = back.result()
-    y, dx = (take_back(task, layer, a) for a in (y, dx))
+def run_step(
+    task: Task, layer: Layer, run_forward: Program, run_backward: Program
+) -> Results:
+    """Compute the results of `task` by the two programs of `step`."""
+    x, dy = (to_layer_layout(task, layer, a) for a in (task.x, task.dy))
+    run_forward.set_inputs(layer.params, layer.state, x)
+    run_forward()
+    y, state, vjp = run_forward.result()
+    run_backward.set_inputs(vjp, dy)
+    run_backward()
+    dparams, dx = run_backward.result()
+    y, dx = (to_task_layout(task, layer, a) for a in (y, dx))
     vectors = (*layer.read_params(dparams), *layer.read_state(state))
-    copies = [np.array(a) for a in (y, dx, *vectors)]  # the next call writes over them
+    copies = [np.array(a) for a in (y, dx, *vectors)]  # the next call overwrites them
     return Results(*copies)

@@ -1,4 +1,4 @@
-"""Results as JSON, as tables in the terminal, and as Markdown."""
+"""Results as JSON, as Markdown, and as tables in the terminal."""
 
 import json
 import re
@@ -9,40 +9,44 @@ from typing import Any, NamedTuple
 from rich.console import Console
 from rich.table import Table as RichTable
 
-WORKS = ("forward", "backward", "both", "inference")
+PHASES = ("forward", "backward", "both", "inference")
 
 
 class Table(NamedTuple):
-    """A title, a header, and rows of text."""
+    """Hold a title, a header, and rows of text."""
 
     title: str
     header: Sequence[str]
     rows: list[list[str]]
 
     def rich(self) -> RichTable:
-        """For the terminal."""
+        """Convert to a table for the terminal."""
         table = RichTable(*self.header, title=self.title, title_justify="left")
         for row in self.rows:
             table.add_row(*row)
         return table
 
     def markdown(self) -> str:
-        """For a page."""
+        """Convert to Markdown."""
         rows = [[cell.replace("\n", "<br>") for cell in row] for row in self.rows]
         lines = [self.header, ["---"] * len(self.header), *rows]
         text = "\n".join("| " + " | ".join(line) + " |" for line in lines)
         return f"**{self.title}**\n\n{text}\n"
 
 
-def tables(data: dict) -> list[Table]:
-    """The tables of a section's data."""
-    return {
+def pages(data: dict) -> dict[str, list[Table]]:
+    """Return the tables of a section by file name."""
+    tables = {
         "layers": _layers,
         "growth": _growth,
         "step": _step,
+        "compile": _compile,
         "memory": _memory,
         "accuracy": _accuracy,
     }[data["section"]](data)
+    if data["section"] == "layers":
+        return {"layers": tables, "layers-summary": [_summary(data["summary"])]}
+    return {data["section"]: tables}
 
 
 def _columns(rows: list[dict], key: str) -> list:
@@ -54,101 +58,135 @@ def _milliseconds(seconds: float) -> str:
 
 
 def _spread(row: dict) -> str:
-    """`1.23 ±4%`: the median, and half of what lies between the quartiles."""
-    half = 50 * (row["high"] - row["low"]) / row["median"]
-    return f"{_milliseconds(row['median'])} ±{half:.0f}%"
+    """Format the median and half the interquartile range: `1.23 ±4%`."""
+    return f"{_milliseconds(row['median'])} ±{_half_range(row):.0f}%"
+
+
+def _half_range(row: dict) -> float:
+    """Return half the interquartile range in percent of the median."""
+    return 50 * (row["high"] - row["low"]) / row["median"]
 
 
 def _layers(data: dict) -> list[Table]:
-    """For each dtype and work: shapes down, peers across; the summary last."""
-    rows, found = data["rows"], []
+    """Return a table of shapes and libraries for each dtype and phase."""
+    rows, tables = data["rows"], []
     for dtype in _columns(rows, "dtype"):
-        for work in WORKS:
-            some = [r for r in rows if (r["dtype"], r["work"]) == (dtype, work)]
-            title = f"{work}, {dtype}: ms ± half the quartile range; times the floor"
-            found.append(_by_peer(title, some))
-    if data["refused"]:
-        about = ("peer", "shape", "dtype", "reason")
-        refused = [[r[name] for name in about] for r in data["refused"]]
-        found.append(Table("refused: not timed", about, refused))
-    return [*found, _summary(data["summary"])]
+        for phase in PHASES:
+            some = [r for r in rows if (r["dtype"], r["phase"]) == (dtype, phase)]
+            title = (
+                f"{phase}, {dtype}: ms ± half the interquartile range; "
+                "ratio to the floor"
+            )
+            tables.append(_by_library(title, some))
+    if data["rejected"]:
+        header = ("library", "shape", "dtype", "reason")
+        rejected = [[r[name] for name in header] for r in data["rejected"]]
+        tables.append(Table("rejected, not timed", header, rejected))
+    return tables
 
 
-def _by_peer(title: str, rows: list[dict]) -> Table:
-    peers = _columns(rows, "peer")
-    cells = {(r["shape"], r["peer"]): f"{_spread(r)}\n{r['ratio']:.1f}" for r in rows}
+def _by_library(title: str, rows: list[dict]) -> Table:
+    libraries = _columns(rows, "library")
+    cells = {
+        (r["shape"], r["library"]): f"{_spread(r)}\n{r['ratio']:.1f}" for r in rows
+    }
     floors = {r["shape"]: (r["dims"], _milliseconds(r["floor"])) for r in rows}
     lines = [
-        [f"{shape}\n{'x'.join(map(str, dims))}", least]
-        + [cells.get((shape, peer), "") for peer in peers]
-        for shape, (dims, least) in floors.items()
+        [f"{shape}\n{'x'.join(map(str, dims))}", shape_floor]
+        + [cells.get((shape, library), "") for library in libraries]
+        for shape, (dims, shape_floor) in floors.items()
     ]
-    return Table(title, ["shape", "floor", *peers], lines)
+    return Table(title, ["shape", "floor", *libraries], lines)
 
 
 def _summary(rows: list[dict]) -> Table:
-    """Above 1: jaxbn is faster."""
-    kinds = list(dict.fromkeys((r["dtype"], r["work"]) for r in rows))
-    kinds.sort(key=lambda kind: (kind[0] != "float32", WORKS.index(kind[1])))
+    """Compare each library with jaxbn; above 1, jaxbn is faster."""
+    kinds = list(dict.fromkeys((r["dtype"], r["phase"]) for r in rows))
+    kinds.sort(key=lambda kind: (kind[0] != "float32", PHASES.index(kind[1])))
     cells = {
-        (r["peer"], r["dtype"], r["work"]): (
+        (r["library"], r["dtype"], r["phase"]): (
             f"{r['geometric_mean']:.2f}\n({r['below_1']} of {r['shapes']})"
         )
         for r in rows
     }
-    title = "time over jaxbn's: geometric mean over shapes (shapes where it is below 1)"
-    header = ["peer", *(f"{dtype} {work}" for dtype, work in kinds)]
+    title = "time over jaxbn's: geometric mean of shapes (shapes with a ratio below 1)"
+    header = ["library", *(f"{dtype} {phase}" for dtype, phase in kinds)]
     return Table(
         title,
         header,
         [
-            [peer, *(cells.get((peer, *kind), "") for kind in kinds)]
-            for peer in _columns(rows, "peer")
+            [library, *(cells.get((library, *kind), "") for kind in kinds)]
+            for library in _columns(rows, "library")
         ],
     )
 
 
 def _growth(data: dict) -> list[Table]:
-    found = []
-    for along in ("rows", "channels"):
+    tables = []
+    for along in ("examples", "features"):
         chosen = [
-            r for r in data["rows"] if r["along"] == along and r["work"] == "both"
+            r for r in data["rows"] if r["along"] == along and r["phase"] == "both"
         ]
         title = (
-            f"forward and backward by {along}, float32: ms ± spread; times the floor"
+            f"forward and backward by {along}, float32: ms ± half the interquartile "
+            "range; ratio to the floor"
         )
-        found.append(_by_peer(title, chosen))
+        tables.append(_by_library(title, chosen))
     lines = [
         [
-            r["peer"],
+            r["library"],
             str(r["devices"]),
-            r["work"],
+            r["phase"],
             _spread(r),
             ", ".join(f"{kind} {size}" for kind, size in r["collectives"]),
         ]
         for r in data["devices"]
     ]
-    header = ("peer", "devices", "work", "ms", "collectives, bytes")
+    header = ("library", "devices", "phase", "ms", "collectives, bytes")
     dims = "x".join(map(str, data["devices"][0]["dims"])) if lines else ""
-    return [*found, Table(f"one batch of {dims} dealt to CPU devices", header, lines)]
+    title = f"one batch of {dims} sharded over CPU devices"
+    return [*tables, Table(title, header, lines)]
 
 
 def _step(data: dict) -> list[Table]:
-    lines = [[r["peer"], _spread(r), _loss(r), str(r["rounds"])] for r in data["rows"]]
+    lines = [
+        [r["library"], _spread(r), _loss(r), str(r["rounds"])] for r in data["rows"]
+    ]
     layers, batch = (data["rows"][0][name] for name in ("layers", "batch"))
-    title = f"a training step of ResNet-{layers}, batch {batch}, CIFAR's size, float32"
+    title = f"a training step of ResNet-{layers}, CIFAR size, batch {batch}, float32"
     return [Table(title, ("norm", "ms", "loss of the first step", "rounds"), lines)]
 
 
 def _loss(row: dict) -> str:
-    """Which must agree; a network without batch norm is another one."""
-    return "" if row["peer"] == "no batch norm" else f"{row['loss']:.5f}"
+    """Format the loss; without batch norm it is that of another network."""
+    return "" if row["library"] == "no batch norm" else f"{row['loss']:.5f}"
+
+
+def _compile(data: dict) -> list[Table]:
+    by_program: dict[tuple, dict[str, dict]] = {}
+    for row in data["rows"]:
+        key = (row["program"], row["library"])
+        by_program.setdefault(key, {})[row["stage"]] = row
+    lines = [
+        [*key, *(cell for row in stages.values() for cell in _seconds_and_ratio(row))]
+        for key, stages in by_program.items()
+    ]
+    dims = "x".join(map(str, data["dims"]))
+    network = f"{data['depth']} x (dense, batch norm, ReLU)"
+    title = f"CPU seconds to lower and to compile {network}, x of {dims}"
+    header = ("program", "library", "lower, s", "over Flax", "compile, s", "over Flax")
+    return [Table(title, header, lines)]
+
+
+def _seconds_and_ratio(row: dict) -> tuple[str, str]:
+    ratio = "" if row["ratio"] is None else f"{row['ratio']:.2f}"
+    return f"{row['median']:.2f} ±{_half_range(row):.0f}%", ratio
 
 
 def _memory(data: dict) -> list[Table]:
     lines = [
         [
-            r["peer"],
+            r["library"],
             r["dtype"],
             f"{r['residuals']:,}",
             f"{r['residuals'] / r['x']:.2f}",
@@ -157,57 +195,61 @@ def _memory(data: dict) -> list[Table]:
         ]
         for r in sorted(data["rows"], key=lambda r: r["dtype"], reverse=True)
     ]
-    header = ("peer", "dtype", "residuals, bytes", "times x", "scan, MiB", "times x")
-    title = f"kept by jax.vjp; temporary memory of a scan over {data['layers']} layers"
+    header = ("library", "dtype", "residuals, bytes", "over x", "scan, MiB", "over x")
+    title = (
+        f"residuals of jax.vjp; temporary memory of a scan over {data['layers']} layers"
+    )
     return [Table(title, header, lines)]
 
 
 def _accuracy(data: dict) -> list[Table]:
     names = ("mean", "var", "dx", "dscale")
     lines = [
-        [r["peer"], r["dtype"], f"{r['loc']:g}"]
+        [r["library"], r["dtype"], f"{r['loc']:g}"]
         + [("NaN" if r[name] is None else f"{r[name]:.1e}") for name in names]
         for r in data["rows"]
     ]
-    title = "largest error against float64, x of 4096x64 with deviation 1"
-    header = ["peer", "dtype", "mean of x", "mean, deviations", "variance, relative"]
-    return [Table(title, [*header, "dx, of largest", "dscale, of largest"], lines)]
+    title = "largest error versus float64, x of 4096x64 with standard deviation 1"
+    header = ["library", "dtype", "mean of x", "mean, standard deviations"]
+    header += ["variance, relative", "dx, relative", "dscale, relative"]
+    return [Table(title, header, lines)]
 
 
 def save(data: dict, folder: Path) -> None:
-    """A section's data as JSON, and its tables as Markdown."""
-    name = data["section"]
-    text = json.dumps(_plain(data), indent=1, allow_nan=False)
-    (folder / f"{name}.json").write_text(text + "\n")
-    page = "\n".join(table.markdown() for table in tables(_plain(data)))
-    (folder / f"{name}.md").write_text(page)
+    """Save a section's data as JSON, and its tables as Markdown."""
+    text = json.dumps(_to_json(data), indent=1, allow_nan=False)
+    (folder / f"{data['section']}.json").write_text(text + "\n")
+    for name, tables in pages(_to_json(data)).items():
+        page = "\n".join(table.markdown() for table in tables)
+        (folder / f"{name}.md").write_text(page)
 
 
 def show(data: dict, console: Console) -> None:
-    """The tables on the terminal."""
-    for table in tables(_plain(data)):
-        console.print(table.rich())
+    """Print a section's tables."""
+    for tables in pages(_to_json(data)).values():
+        for table in tables:
+            console.print(table.rich())
 
 
-def _plain(value: Any) -> Any:
-    """JSON has no NaN and no infinity: null."""
+def _to_json(value: Any) -> Any:
+    """Replace NaN and infinity, which JSON does not have, with null."""
     if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
+        return {key: _to_json(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
+        return [_to_json(item) for item in value]
     if isinstance(value, float) and not abs(value) < float("inf"):
         return None
     return value
 
 
 def fill(page: str, name: str, text: str) -> str:
-    """The page with `text` between the marks of table `name`."""
+    """Return the page with `text` between the marks of table `name`."""
     marks = rf"(<!-- table: {name} -->\n).*?(<!-- end -->)"
     return re.sub(marks, lambda m: f"{m[1]}{text}{m[2]}", page, flags=re.DOTALL)
 
 
 def write_readme(readme: Path, folder: Path) -> None:
-    """Put every section's tables, where there are some, into the page."""
+    """Write the tables in `folder` between the marks of the same names in `readme`."""
     page = readme.read_text()
     for path in sorted(folder.glob("*.md")):
         page = fill(page, path.stem, path.read_text())

@@ -1,8 +1,8 @@
-"""ResNet-50 and its training step, with the class of its batch norm left open.
+"""ResNet-50 and its training step, with any class of batch norm.
 
 K. He, X. Zhang, S. Ren and J. Sun, "Deep Residual Learning for Image Recognition",
-[arXiv:1512.03385](https://arxiv.org/abs/1512.03385), table 1, with the stride in the
-3 × 3 convolution, as everyone has it since.
+[arXiv:1512.03385](https://arxiv.org/abs/1512.03385), table 1. The stride is in the
+3 × 3 convolution, as in later implementations.
 """
 
 from functools import partial
@@ -19,7 +19,7 @@ Variables = dict[str, Any]
 
 
 class Bottleneck(nn.Module):
-    """1 × 1, 3 × 3 and 1 × 1 convolutions beside a shortcut."""
+    """Add 1 × 1, 3 × 3 and 1 × 1 convolutions to a shortcut."""
 
     norm: type[nn.BatchNorm]
     width: int
@@ -28,7 +28,7 @@ class Bottleneck(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        """NHWC features to four times `width` of them."""
+        """Map NHWC features to `4 * width` features."""
         norm = partial(self.norm, use_running_average=False, dtype=self.dtype)
         conv = partial(nn.Conv, use_bias=False, dtype=self.dtype)
         y = nn.relu(norm()(conv(self.width, (1, 1))(x)))
@@ -40,14 +40,14 @@ class Bottleneck(nn.Module):
 
 
 class ResNet50(nn.Module):
-    """A 7 × 7 convolution, 16 bottlenecks in 4 stages, the mean, 1000 logits."""
+    """Compute 1000 logits by a 7 × 7 convolution and 16 bottlenecks in 4 stages."""
 
     norm: type[nn.BatchNorm]
     dtype: DTypeLike
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        """NHWC images to logits, normalized by the statistics of this batch."""
+        """Map NHWC images to logits, normalized by batch statistics."""
         x = nn.Conv(64, (7, 7), 2, use_bias=False, dtype=self.dtype)(x)
         x = nn.relu(self.norm(use_running_average=False, dtype=self.dtype)(x))
         x = nn.max_pool(x, (3, 3), (2, 2), "SAME")
@@ -61,7 +61,7 @@ class ResNet50(nn.Module):
 def train_step(
     model: ResNet50, variables: Variables, images: Array, labels: Array
 ) -> tuple[Variables, Array]:
-    """One step of SGD: the new variables, and the loss."""
+    """Take one step of SGD; return the new variables and the loss."""
 
     def loss(params: Variables) -> tuple[Array, Any]:
         old = {**variables, "params": params}
@@ -75,7 +75,7 @@ def train_step(
 
 
 def step_arguments(model: ResNet50, batch: int) -> tuple[Any, ...]:
-    """Shapes of all that `train_step` takes after the model."""
+    """Return the shapes of the arguments of `train_step` after the model."""
     images = jax.ShapeDtypeStruct((batch, 224, 224, 3), model.dtype)
     variables = jax.eval_shape(model.init, jax.random.key(0), images)
     return variables, images, jax.ShapeDtypeStruct((batch,), jnp.int32)

@@ -1,4 +1,4 @@
-"""What all sections share: peers, randomness, progress."""
+"""State shared by all sections: libraries, randomness, progress."""
 
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
@@ -7,46 +7,46 @@ import numpy as np
 from rich.console import Console
 from rich.progress import track
 
-from ._peers import Peer
+from ._libraries import Library
 from ._task import Task
 
 
 class Session(NamedTuple):
-    """One run of the command; `torch` is None where it is missing or not wanted."""
+    """Hold one run of the command; `torch` is None if missing or not requested."""
 
     quick: bool
     seed: int
     rng: np.random.Generator
     console: Console
-    peers: dict[str, Peer]
+    libraries: dict[str, Library]
     torch: Any
     torch_names: Sequence[str]
 
     def track(self, cells: Sequence, name: str) -> Iterable:
-        """The cells, with a bar that shows how many are done."""
+        """Iterate over `cells` with a progress bar."""
         return track(cells, f"{name:17}", console=self.console)
 
     def torch_layouts(self, task: Task) -> list[str]:
-        """The layouts of torch to run for this task."""
+        """Return the layouts of PyTorch to run for this task."""
         if self.torch is None:
             return []
         return [n for n in self.torch.layouts(task) if n in self.torch_names]
 
-    def forget(self) -> None:
-        """Let torch drop its arrays."""
+    def release(self) -> None:
+        """Free the arrays of PyTorch's process."""
         if self.torch is not None:
-            self.torch.forget()
+            self.torch.release()
 
-    def distinct(self) -> "Session":
-        """The same, jaxbn's layers left out where the function stands for them."""
-        same = ("jaxbn.linen", "jaxbn.nnx") if "jaxbn" in self.peers else ()
+    def without_duplicates(self) -> "Session":
+        """Drop jaxbn's layers if the function, the same computation, is included."""
+        same = ("jaxbn.linen", "jaxbn.nnx") if "jaxbn" in self.libraries else ()
         return self._replace(
-            peers={n: p for n, p in self.peers.items() if n not in same}
+            libraries={n: p for n, p in self.libraries.items() if n not in same}
         )
 
     def only(self, *names: str) -> "Session":
-        """The same, with some of the peers alone."""
+        """Keep only the named libraries."""
         return self._replace(
-            peers={n: p for n, p in self.peers.items() if n in names},
+            libraries={n: p for n, p in self.libraries.items() if n in names},
             torch_names=[n for n in self.torch_names if n in names],
         )

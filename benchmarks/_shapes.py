@@ -1,17 +1,17 @@
-"""The table of shapes: where batch norm stands in real networks, and the extremes."""
+"""Input shapes of batch norm in real networks, and extreme shapes."""
 
 from typing import NamedTuple
 
 
 class Shape(NamedTuple):
-    """One input of batch norm; `axis` is the feature axis."""
+    """Hold one input shape of batch norm; `axis` is the feature axis."""
 
     name: str
     dims: tuple[int, ...]
     axis: int = -1
 
 
-# A bottleneck block has two narrow layers and a wide one; batch 32, 224 x 224 images.
+# A bottleneck block has two narrow layers and a wide one. Batch 32, 224 x 224 images.
 RESNET50 = (
     Shape("ResNet-50 stem", (32, 112, 112, 64)),
     Shape("ResNet-50 1 narrow", (32, 56, 56, 64)),
@@ -23,7 +23,7 @@ RESNET50 = (
     Shape("ResNet-50 4 narrow", (32, 7, 7, 512)),
     Shape("ResNet-50 4 wide", (32, 7, 7, 2048)),
 )
-# ResNet-20 on CIFAR, batch 64: the layers of the whole step in `_step.py`.
+# The layers of ResNet-20 on CIFAR in `_step.py`, batch 64.
 CIFAR = (
     Shape("CIFAR 1", (64, 32, 32, 16)),
     Shape("CIFAR 2", (64, 16, 16, 32)),
@@ -44,11 +44,11 @@ QUICK = (
 )
 
 
-def rows_of(counts: range, channels: int = 256) -> tuple[Shape, ...]:
-    """Shapes of ever more rows, 2ⁱ of them."""
-    return tuple(Shape(f"2^{i} rows", (2**i, channels)) for i in counts)
+def growing_batch(powers: range, features: int = 256) -> tuple[Shape, ...]:
+    """Return shapes with 2ⁱ examples."""
+    return tuple(Shape(f"2^{i} examples", (2**i, features)) for i in powers)
 
 
-def channels_of(counts: range, rows: int = 1024) -> tuple[Shape, ...]:
-    """Shapes of ever more channels, 2ⁱ of them."""
-    return tuple(Shape(f"2^{i} channels", (rows, 2**i)) for i in counts)
+def growing_features(powers: range, examples: int = 1024) -> tuple[Shape, ...]:
+    """Return shapes with 2ⁱ features."""
+    return tuple(Shape(f"2^{i} features", (examples, 2**i)) for i in powers)

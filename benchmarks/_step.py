@@ -1,4 +1,4 @@
-"""A whole training step: ResNet-20 for CIFAR, batch 64, by each linen BatchNorm.
+"""A training step of ResNet-20 for CIFAR, batch 64, with each linen BatchNorm.
 
 He et al., "Deep Residual Learning for Image Recognition", 2015,
 [arXiv:1512.03385](https://arxiv.org/abs/1512.03385), section 4.2, with projections.
@@ -21,12 +21,12 @@ from ._timing import interleave, sampler, summarize
 
 
 class NoNorm(nn.Module):
-    """Nothing in the place of batch norm: what the rest of the step takes."""
+    """Return the input, to time the rest of the step without batch norm."""
 
     use_running_average: bool = False
 
     def __call__(self, x: Array) -> Array:
-        """`x`."""
+        """Return `x`."""
         return x
 
 
@@ -38,14 +38,14 @@ NORMS: dict[str, Any] = {
 
 
 class ResNet(nn.Module):
-    """Three stages of `blocks` blocks, 3 in ResNet-20; `norm`: the layers between."""
+    """Compute logits by three stages of `blocks` blocks, 3 in ResNet-20."""
 
     norm: Any
     blocks: int
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        """NHWC images to logits, while training."""
+        """Map NHWC images to logits in training mode."""
         norm = partial(self.norm, use_running_average=False)
         x = nn.relu(norm()(nn.Conv(16, (3, 3), use_bias=False)(x)))
         for width, first in ((16, 1), (32, 2), (64, 2)):
@@ -60,7 +60,7 @@ class ResNet(nn.Module):
 
 
 def train_step(model: nn.Module, carry: dict, images: Array, labels: Array) -> dict:
-    """One step of gradient descent with momentum; the carry holds the loss too."""
+    """Take one step of gradient descent with momentum; `carry` includes the loss."""
     stats = carry["stats"]
 
     def loss(params: dict) -> tuple[Array, dict]:
@@ -75,8 +75,8 @@ def train_step(model: nn.Module, carry: dict, images: Array, labels: Array) -> d
     return {"params": params, "trace": trace, "stats": stats, "loss": cost}
 
 
-def start(model: nn.Module, images: Array, seed: int) -> dict:
-    """What the first step starts from: He's weights, made without compiling."""
+def initial_carry(model: nn.Module, images: Array, seed: int) -> dict:
+    """Initialize the variables with He's method, in NumPy to avoid compiling."""
     rng = np.random.default_rng(seed)
 
     def fill(path: tuple, leaf: Any) -> Array:
@@ -94,25 +94,25 @@ def start(model: nn.Module, images: Array, seed: int) -> dict:
 
 
 def run(session: Session) -> dict:
-    """Rows of times; the losses of the first step, which must agree, beside them."""
+    """Return rows of times and of the first step's losses, which must agree."""
     batch, blocks = (16, 1) if session.quick else (64, 3)
     images = jnp.asarray(session.rng.standard_normal((batch, 32, 32, 3), np.float32))
     labels = jnp.asarray(session.rng.integers(0, 10, batch))
-    others = () if session.quick else ("no batch norm",)
-    names = [n for n in NORMS if n in (*session.peers, *others)]
+    baseline = () if session.quick else ("no batch norm",)
+    names = [n for n in NORMS if n in (*session.libraries, *baseline)]
     programs, samplers = {}, {}
     for name in session.track(names, "step"):
         model = ResNet(NORMS[name], blocks)
-        carry = start(model, images, session.seed)
+        carry = initial_carry(model, images, session.seed)
         programs[name] = Program(partial(train_step, model), carry, images, labels)
         samplers[name] = sampler(programs[name])
     losses = {name: float(p.result()["loss"]) for name, p in programs.items()}
-    check(losses)
+    check_losses_agree(losses)
     rounds, limit = (3, 5) if session.quick else (40, 60)
     samples = interleave(samplers, rounds, session.rng, limit)
     rows = [
         {
-            "peer": name,
+            "library": name,
             "batch": batch,
             "layers": 6 * blocks + 2,
             "loss": losses[name],
@@ -124,8 +124,8 @@ def run(session: Session) -> dict:
     return {"rows": rows}
 
 
-def check(losses: dict[str, float]) -> None:
-    """Refuse to time steps that are not the same: their losses must be equal."""
+def check_losses_agree(losses: dict[str, float]) -> None:
+    """Raise `RuntimeError` if the normalized networks have different losses."""
     normalized = [loss for name, loss in losses.items() if name != "no batch norm"]
     if normalized and not np.allclose(normalized, normalized[0], rtol=1e-3):
         raise RuntimeError(f"the losses of one step must agree; they are {losses}")

@@ -1,4 +1,4 @@
-"""What every peer is given, and what it must return: NumPy, float64."""
+"""The inputs of every library, and the expected results in NumPy float64."""
 
 from typing import Any, NamedTuple
 
@@ -8,9 +8,9 @@ import numpy as np
 from ._shapes import Shape
 
 EPSILON = 1e-5
-# Of each array's largest entry. Loose: how accurate a peer is `_accuracy.py` tells, but
-# here it only has to show that it does the same work. In bfloat16 some sum over rows in
-# bfloat16: their dscale and dbias are off by a tenth and more, so these are not asked.
+# Relative to each array's largest entry. Loose, because it only confirms that a library
+# computes the same function; `_accuracy.py` measures errors. dscale and dbias are not
+# checked in bfloat16: some libraries sum in bfloat16, with errors above 10%.
 TOLERANCE = {
     "float32": {"y": 1e-3, "dx": 1e-3, "dscale": 1e-3, "dbias": 1e-3},
     "bfloat16": {"y": 6e-2, "dx": 6e-2},
@@ -18,7 +18,7 @@ TOLERANCE = {
 
 
 class Task(NamedTuple):
-    """A layer's input, parameters, statistics and cotangent; `x`, `dy` in `dtype`."""
+    """Hold a layer's input, variables and cotangent; `x` and `dy` are in `dtype`."""
 
     shape: Shape
     dtype: str
@@ -32,17 +32,17 @@ class Task(NamedTuple):
 
     @property
     def axis(self) -> int:
-        """The feature axis, never negative."""
+        """Return the feature axis as a nonnegative number."""
         return self.shape.axis % self.x.ndim
 
     @property
     def features(self) -> int:
-        """How many channels there are."""
+        """Return the number of features."""
         return self.x.shape[self.axis]
 
 
 class Results(NamedTuple):
-    """What a layer computes; `mean`, `var` are those of the batch (momentum 0)."""
+    """Hold a layer's results; with momentum 0, `mean` and `var` are of the batch."""
 
     y: Any
     dx: Any
@@ -59,7 +59,7 @@ def random_task(
     loc: float = 0.0,
     momentum: float = 0.99,
 ) -> Task:
-    """Random in everything, with deviation 1 about `loc`."""
+    """Return random arrays; x has mean `loc` and standard deviation 1."""
     kind = np.dtype(jnp.dtype(dtype))
     features = shape.dims[shape.axis]
 
@@ -79,9 +79,9 @@ def random_task(
     )
 
 
-def truth(task: Task) -> Results:
-    """The float64 results, by the closed form, a block of channels at a time."""
-    columns = [_channels(task, block) for block in _blocks(task)]
+def reference(task: Task) -> Results:
+    """Compute the results in float64 by the closed form, in blocks of features."""
+    columns = [_reference_block(task, block) for block in _blocks(task)]
     y, dx, *vectors = (np.concatenate(c, -1) for c in zip(*columns, strict=True))
     dims = np.moveaxis(task.x, task.axis, -1).shape
     y, dx = (np.moveaxis(a.reshape(dims), -1, task.axis) for a in (y, dx))
@@ -92,7 +92,7 @@ def _blocks(task: Task) -> list[slice]:
     return [slice(i, i + 16) for i in range(0, task.features, 16)]
 
 
-def _channels(task: Task, block: slice) -> tuple[np.ndarray, ...]:
+def _reference_block(task: Task, block: slice) -> tuple[np.ndarray, ...]:
     def columns(a: np.ndarray) -> np.ndarray:
         moved = np.moveaxis(a, task.axis, -1)[..., block]
         return moved.reshape(-1, moved.shape[-1]).astype(np.float64)
@@ -107,18 +107,20 @@ def _channels(task: Task, block: slice) -> tuple[np.ndarray, ...]:
     return y.astype(np.float32), dx.astype(np.float32), dscale, dbias, mean, var
 
 
-def disagreement(task: Task, got: Results, want: Results) -> str | None:
-    """What is wrong with y or a gradient, or None where all is near enough."""
+def find_mismatch(task: Task, got: Results, expected: Results) -> str | None:
+    """Describe the first wrong result, or return None if all are within tolerance."""
     for name, tolerance in TOLERANCE[task.dtype].items():
-        off = error(getattr(got, name), getattr(want, name))
-        if not off <= tolerance:  # so also where it is NaN
-            return f"{name} is off by {off:.1g} of its largest entry"
+        error = max_error(getattr(got, name), getattr(expected, name))
+        if not error <= tolerance:  # true for NaN as well
+            return f"{name} is off by {error:.1g} of its largest entry"
     return None
 
 
-def error(got: Any, want: np.ndarray) -> float:
-    """The largest error, of the largest entry; shapes must be the same."""
+def max_error(got: Any, expected: np.ndarray) -> float:
+    """Return the largest error over the largest entry; infinite if shapes differ."""
     got = np.asarray(got)
-    if got.shape != want.shape:
+    if got.shape != expected.shape:
         return np.inf
-    return float(np.abs(got.astype(np.float32) - want).max() / np.abs(want).max())
+    return float(
+        np.abs(got.astype(np.float32) - expected).max() / np.abs(expected).max()
+    )

@@ -1,6 +1,6 @@
 """Interleaved timing: every round runs each case once, in a new order.
 
-What disturbs the machine for a while then disturbs all cases alike.
+A temporary disturbance of the machine then affects all cases equally.
 """
 
 import math
@@ -11,11 +11,12 @@ from typing import NamedTuple, TypeVar
 import numpy as np
 
 Case = TypeVar("Case")
-LEAST_SECONDS = 1e-3  # of a sample, which is as many calls as that takes
+Sample = TypeVar("Sample")
+MIN_SAMPLE_SECONDS = 1e-3  # a sample repeats the call to take this long
 
 
 class Summary(NamedTuple):
-    """Median and quartiles in seconds."""
+    """Hold the median and the quartiles in seconds."""
 
     median: float
     low: float
@@ -23,13 +24,13 @@ class Summary(NamedTuple):
 
 
 def summarize(samples: list[float]) -> Summary:
-    """Median and quartiles of some samples."""
+    """Compute the median and the quartiles of `samples`."""
     low, median, high = np.percentile(samples, (25, 50, 75))
     return Summary(float(median), float(low), float(high))
 
 
 def seconds_per_call(run: Callable[[], object], calls: int) -> float:
-    """The mean time of a call."""
+    """Return the mean time of a call."""
     start = time.perf_counter()
     for _ in range(calls):
         run()
@@ -37,14 +38,14 @@ def seconds_per_call(run: Callable[[], object], calls: int) -> float:
 
 
 def calls_for(seconds: float) -> int:
-    """How many calls a sample needs if one takes so long."""
-    return max(1, math.ceil(LEAST_SECONDS / seconds))
+    """Return the number of calls per sample if one call takes `seconds`."""
+    return max(1, math.ceil(MIN_SAMPLE_SECONDS / seconds))
 
 
 def sampler(
     run: Callable[[], object], prepare: Callable[[], object] = lambda: None
 ) -> Callable[[], float]:
-    """A sample of `run`, warm: where it is short, one call goes before the clock."""
+    """Return a function that times `run`; short calls are preceded by a warm-up."""
     prepare()
     run()
     calls = calls_for(seconds_per_call(run, 1))
@@ -59,14 +60,14 @@ def sampler(
 
 
 def interleave(
-    cases: Mapping[Case, Callable[[], float]],
+    cases: Mapping[Case, Callable[[], Sample]],
     rounds: int,
     rng: np.random.Generator,
     limit: float = math.inf,
-) -> dict[Case, list[float]]:
-    """The samples of every case, one a round; at least 3 rounds, and else `limit` s."""
+) -> dict[Case, list[Sample]]:
+    """Sample every case once a round; stop after 3 rounds and `limit` seconds."""
     names = list(cases)
-    samples: dict[Case, list[float]] = {name: [] for name in names}
+    samples: dict[Case, list[Sample]] = {name: [] for name in names}
     start = time.perf_counter()
     for done in range(rounds):
         if done >= 3 and time.perf_counter() - start > limit:
@@ -77,10 +78,10 @@ def interleave(
 
 
 def floor(copy_seconds: float, passes: int) -> float:
-    """The time of so many passes over x, at the speed of a copy, which makes two."""
+    """Return the time of `passes` over x at the speed of a copy, which makes two."""
     return copy_seconds * passes / 2
 
 
 def geometric_mean(ratios: list[float]) -> float:
-    """The mean of factors: that of r and 1/r is 1."""
+    """Return the geometric mean."""
     return math.exp(sum(map(math.log, ratios)) / len(ratios))

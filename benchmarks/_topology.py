@@ -1,7 +1,7 @@
-"""Compile for a chip that this machine does not have, and count what it will move.
+"""Compile for a chip that this machine does not have, and count memory traffic.
 
-XLA's own compilers for GPU and TPU run from a description of the chip. So this says how
-much memory a program moves and holds there, but not how long it takes.
+XLA's compilers for GPU and TPU accept a description of the chip. The result is the
+memory that a program moves and holds, not the time that it takes.
 """
 
 import os
@@ -17,58 +17,58 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ._hlo import traffic
 
 H100 = Path(__file__).with_name("h100.txtpb")
-# libtpu asks these of the machine it runs on, which is no TPU host here.
+# libtpu reads these from a TPU host; this machine is not one.
 V5E = {
     "TPU_SKIP_MDS_QUERY": "1",
     "TPU_ACCELERATOR_TYPE": "v5litepod-4",
     "TPU_WORKER_HOSTNAMES": "localhost",
 }
-LIBRARY = {"h100": "jax-cuda12-plugin", "v5e": "libtpu"}
+COMPILER_PACKAGES = {"h100": "jax-cuda12-plugin", "v5e": "libtpu"}
 
 
 class Cost(NamedTuple):
-    """Bytes that a program reads and writes, and its temporary memory in bytes."""
+    """Hold the bytes that a program reads and writes, and its temporary memory."""
 
     traffic: float
     temporary: int
 
 
 class Chip(NamedTuple):
-    """One chip to compile for: "h100" or "v5e"."""
+    """Hold a chip to compile for: "h100" or "v5e"."""
 
     name: str
     sharding: NamedSharding
 
     def cost(self, function: Callable, *arguments: Any) -> Cost:
-        """Compile `function` for arrays like `arguments`, which need no values."""
+        """Compile `function` for arrays with the shapes and dtypes of `arguments`."""
         shapes = jax.tree.map(self._on_chip, arguments)
         platform = "cuda" if self.name == "h100" else "tpu"
         lowered = jax.jit(function).trace(*shapes).lower(lowering_platforms=(platform,))
-        program: Any = lowered.compile()  # typed to lack what it has on these chips
+        program: Any = lowered.compile()  # its declared type lacks the analyses below
         memory = program.memory_analysis()
-        if self.name == "h100":  # where XLA has no cost analysis
-            moved = traffic(program.as_text())
+        if self.name == "h100":  # XLA has no cost analysis for it
+            num_bytes = traffic(program.as_text())
         else:
-            moved = program.cost_analysis()["bytes accessed"]
-        return Cost(moved, memory.temp_size_in_bytes)
+            num_bytes = program.cost_analysis()["bytes accessed"]
+        return Cost(num_bytes, memory.temp_size_in_bytes)
 
     def _on_chip(self, array: Any) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=self.sharding)
 
 
 def describe(name: str) -> Chip:
-    """The chip `name`, from its description.
+    """Return the chip `name`, from its description.
 
-    **Raises** `RuntimeError` where XLA's compiler for it is not installed.
+    **Raises** `RuntimeError` if XLA's compiler for it is not installed.
     """
-    jax.config.update("jax_platforms", "cpu")  # look for no GPU or TPU
+    jax.config.update("jax_platforms", "cpu")  # ignore local GPUs and TPUs
     try:
         devices = _topology(name).devices
-    except Exception as error:  # each plugin fails in its own way
+    except Exception as error:  # each plugin raises its own error
         raise RuntimeError(
-            f"To compile for {name}, XLA needs {LIBRARY[name]}, which did not start: "
-            f"{error}. Install it in the version of jax, {jax.__version__}, in an "
-            "environment of its own."
+            f"To compile for {name}, XLA needs {COMPILER_PACKAGES[name]}, which did "
+            f"not start: {error}. Install it in the version of jax, "
+            f"{jax.__version__}, in a separate environment."
         ) from error
     mesh = Mesh(np.array(devices[:1]), ("device",))
     return Chip(name, NamedSharding(mesh, PartitionSpec()))

@@ -1,4 +1,4 @@
-"""PyTorch as a peer, in a process of its own that works between our samples."""
+"""PyTorch in a separate process, which runs between the samples of JAX."""
 
 import json
 import os
@@ -14,18 +14,18 @@ from ._machine import cores
 from ._task import Results, Task
 from ._timing import calls_for
 
-# glibc keeps what is freed, so that no page is faulted in twice.
+# glibc keeps freed memory, so that no page faults twice.
 KEEP_MEMORY = {
     "MALLOC_MMAP_MAX_": "0",
     "MALLOC_TRIM_THRESHOLD_": str(1 << 36),
     "MALLOC_TOP_PAD_": str(1 << 28),
 }
-MANY_FAULTS, TRIES = 100, 4
+MAX_FAULTS, MAX_TRIES = 100, 4
 LAYOUTS = {"torch channels-last": True, "torch contiguous": False}
 
 
 class Torch:
-    """The worker; `version`, or why it is `missing`."""
+    """Control the worker; either `version` or the error `missing` is set."""
 
     def __init__(self, python: str):
         self._folder = tempfile.TemporaryDirectory()
@@ -45,12 +45,12 @@ class Torch:
         except OSError as error:
             self.missing = error.strerror
             return
-        greeting = json.loads(self._process.stdout.readline() or "{}")
-        self.version = greeting.get("version")
+        handshake = json.loads(self._process.stdout.readline() or "{}")
+        self.version = handshake.get("version")
         if self.version is None:
-            self.missing = greeting.get("missing", "it did not start")
+            self.missing = handshake.get("missing", "it did not start")
 
-    def _ask(self, **message: Any) -> dict:
+    def _request(self, **message: Any) -> dict:
         self._process.stdin.write(json.dumps(message) + "\n")
         self._process.stdin.flush()
         answer = self._process.stdout.readline()
@@ -59,21 +59,21 @@ class Torch:
         return json.loads(answer)
 
     def layouts(self, task: Task) -> list[str]:
-        """The memory layouts torch knows for this rank."""
+        """Return PyTorch's memory layouts for the rank of x."""
         return list(LAYOUTS) if task.x.ndim == 4 else ["torch contiguous"]
 
     def open(self, task: Task, name: str) -> Results:
-        """Give the worker a task; what it computes for it."""
-        given, returned = (Path(self._folder.name) / f for f in ("in.npz", "out.npz"))
+        """Send a task to the worker and return its results."""
+        sent, returned = (Path(self._folder.name) / f for f in ("in.npz", "out.npz"))
         arrays: Any = {
             n: np.asarray(getattr(task, n), np.float32)
             for n in ("x", "dy", "scale", "bias", "mean", "var")
         }
-        np.savez(given, **arrays)
-        self._ask(
+        np.savez(sent, **arrays)
+        self._request(
             do="open",
             case=name,
-            path=str(given),
+            path=str(sent),
             results=str(returned),
             dtype=task.dtype,
             axis=task.axis,
@@ -82,24 +82,24 @@ class Torch:
         )
         return Results(**np.load(returned))
 
-    def sampler(self, name: str, work: str) -> Callable[[], float]:
-        """A sample of a work that was opened, in seconds a call."""
-        run = {"do": "run", "case": name, "work": work}
-        calls = calls_for(self._ask(**run, calls=1, warm=True)["seconds"])
+    def sampler(self, name: str, phase: str) -> Callable[[], float]:
+        """Return a function that times a phase of an open task, in seconds per call."""
+        run = {"do": "run", "case": name, "phase": phase}
+        calls = calls_for(self._request(**run, calls=1, warm=True)["seconds"])
 
         def sample() -> float:
-            """Again where pages were faulted in: at first glibc's heap still grows."""
-            answer, tries = {"faults": MANY_FAULTS}, 0
-            while answer["faults"] >= MANY_FAULTS and tries < TRIES:
-                answer = self._ask(**run, calls=calls, warm=calls > 1)
+            """Repeat after page faults: glibc's heap grows in the first calls."""
+            answer, tries = {"faults": MAX_FAULTS}, 0
+            while answer["faults"] >= MAX_FAULTS and tries < MAX_TRIES:
+                answer = self._request(**run, calls=calls, warm=calls > 1)
                 tries += 1
             return answer["seconds"]
 
         return sample
 
-    def forget(self) -> None:
-        """Drop all tasks."""
-        self._ask(do="close")
+    def release(self) -> None:
+        """Free all tasks."""
+        self._request(do="close")
 
     def close(self) -> None:
         """End the worker."""

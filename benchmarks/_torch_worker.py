@@ -1,7 +1,7 @@
-"""PyTorch's side: a script that runs what it is told, and says how long it took.
+"""Worker script that times PyTorch: reads and answers one line of JSON per request.
 
-It imports torch and NumPy alone, so that any interpreter can run it. A line of JSON
-comes in, a line goes out. Arrays travel through files.
+It imports only torch and NumPy, so that any interpreter can run it. Arrays are passed
+through files.
 """
 
 import json
@@ -13,13 +13,13 @@ import numpy as np
 
 
 class Case:
-    """A layer with its input; each work is a method."""
+    """Hold a layer with its input; each phase is a method."""
 
     def __init__(self, path, dtype, axis, channels_last, momentum):
         arrays = {name: torch.from_numpy(a) for name, a in np.load(path).items()}
         self.axis, self.channels_last = axis, channels_last
         kind = getattr(torch, dtype)
-        self.x, self.dy = (self.lay_out(arrays[n].to(kind)) for n in ("x", "dy"))
+        self.x, self.dy = (self.to_layout(arrays[n].to(kind)) for n in ("x", "dy"))
         self.scale, self.bias = arrays["scale"], arrays["bias"]
         for leaf in (self.x, self.scale, self.bias):
             leaf.requires_grad_()
@@ -27,8 +27,8 @@ class Case:
         self.momentum = momentum
         self.bessel = 1 - self.scale.numel() / self.x.numel()
 
-    def lay_out(self, a):
-        """Features at axis 1, and in memory last or where torch has them."""
+    def to_layout(self, a):
+        """Move features to axis 1; in memory they are last if `channels_last`."""
         a = a.movedim(self.axis, 1)
         last = self.channels_last
         return a.contiguous(
@@ -60,7 +60,7 @@ class Case:
             self.out = self.normalize(False)
 
     def results(self, path):
-        """What one step computes; the variance as the batch has it, biased."""
+        """Save the results of one step; the variance is biased."""
         self.forward()
         self.backward()
         dx, dscale, dbias = self.gradients
@@ -70,8 +70,8 @@ class Case:
         arrays = (y, dx, dscale, dbias, self.mean, var)
         np.savez(path, **{n: a.numpy() for n, a in zip(names, arrays)})  # noqa: B905
 
-    def run(self, work, calls, warm):
-        call = getattr(self, work)
+    def run(self, phase, calls, warm):
+        call = getattr(self, phase)
         if warm:
             call()
         before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
@@ -80,12 +80,12 @@ class Case:
             call()
         seconds = (time.perf_counter() - start) / calls
         faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
-        time.sleep(0.002)  # OpenMP's threads spin for a while after their work
+        time.sleep(0.002)  # OpenMP's threads spin for a while after each call
         return {"seconds": seconds, "faults": faults}
 
 
 def serve():
-    """Answer until the input ends."""
+    """Answer requests until the input ends."""
     cases = {}
     for line in sys.stdin:
         message = json.loads(line)

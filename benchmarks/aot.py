@@ -1,10 +1,10 @@
-"""Passes over x on an H100 and on a TPU v5e, jaxbn beside flax, counted without either.
+"""Count passes over x on an H100 and a TPU v5e, jaxbn versus Flax, without either chip.
 
 `python -m benchmarks.aot --platform h100` compiles one layer at many shapes, then a
 whole training step of ResNet-50, for a chip that this machine need not have. It prints
 two tables and writes their figures as JSON.
 
-One pass reads or writes as many bytes as x has: batch norm needs 3 of them forward
+One pass reads or writes as many bytes as x has. Batch norm needs 3 passes forward
 (read x for its statistics; read it again and write y) and 5 backward (read x and dy for
 two sums; read both again and write dx).
 """
@@ -31,11 +31,11 @@ import jaxbn.linen
 
 from ._report import Table
 from ._resnet import ResNet50, step_arguments, train_step
-from ._topology import LIBRARY, Chip, describe
+from ._topology import COMPILER_PACKAGES, Chip, describe
 
 NORMS = {"jaxbn": jaxbn.linen.BatchNorm, "flax": nn.BatchNorm}
 DTYPES = ("float32", "bfloat16")
-SHAPES = (  # features last: layers of ResNet-50 at batch 32, then of perceptrons
+SHAPES = (  # features last: layers of ResNet-50 at batch 32, then of dense networks
     (32, 56, 56, 64),
     (32, 56, 56, 256),
     (32, 28, 28, 512),
@@ -52,16 +52,16 @@ BATCH = 32  # of the whole step
 
 
 class Passes(NamedTuple):
-    """One layer, in units of x: what it moves, and its temporary memory.
+    """Hold the traffic and the temporary memory of a layer, in units of x.
 
-    `backward` is what the backward adds to a program that holds both; `apart` is a
-    program of its own, which reads what the forward saved.
+    `backward` is the traffic that the backward adds to a program with both; `separate`
+    is the traffic of a separate program, which reads the residuals.
     """
 
     forward: float
     both: float
     backward: float
-    apart: float
+    separate: float
     forward_temporary: float
     both_temporary: float
 
@@ -74,7 +74,7 @@ def count_layer(
     dtype: str,
     relu: bool,
 ) -> Passes:
-    """Compile a layer of `norm` three times: forward, both ways, and backward."""
+    """Compile a layer of `norm` three times: forward, both, and backward."""
     layer = norm(use_running_average=False, axis=axis, dtype=dtype)
     x = jax.ShapeDtypeStruct(shape, dtype)
     variables = jax.eval_shape(layer.init, jax.random.key(0), x)
@@ -86,38 +86,38 @@ def count_layer(
         return nn.relu(y) if relu else y, new
 
     arguments = (variables["params"], x, stats)
-    save = _saving(forward)
-    _, saved, _ = jax.eval_shape(save, *arguments)
+    with_vjp = _with_vjp(forward)
+    _, residuals, _ = jax.eval_shape(with_vjp, *arguments)
     costs = (
         chip.cost(forward, *arguments),
-        chip.cost(_both_ways(save), *arguments, x),
-        chip.cost(lambda vjp, dy: vjp(dy), saved, x),
+        chip.cost(_forward_and_backward(with_vjp), *arguments, x),
+        chip.cost(lambda vjp, dy: vjp(dy), residuals, x),
     )
     size = math.prod(shape) * jnp.dtype(dtype).itemsize
-    there, both, apart = (cost.traffic / size for cost in costs)
-    held = (cost.temporary / size for cost in costs[:2])
-    return Passes(there, both, both - there, apart, *held)
+    alone, both, separate = (cost.traffic / size for cost in costs)
+    temporary = (cost.temporary / size for cost in costs[:2])
+    return Passes(alone, both, both - alone, separate, *temporary)
 
 
-def _saving(forward: Callable) -> Callable:
-    """The forward of training: y, what the backward needs, and the new statistics."""
+def _with_vjp(forward: Callable) -> Callable:
+    """Return a forward that returns y, its vjp, and the new statistics."""
 
-    def save(params: Any, x: Array, stats: Any) -> tuple[Array, Callable, Any]:
-        def of_gradients(params: Any, x: Array) -> tuple[Array, Any]:
+    def with_vjp(params: Any, x: Array, stats: Any) -> tuple[Array, Callable, Any]:
+        def differentiable(params: Any, x: Array) -> tuple[Array, Any]:
             return forward(params, x, stats)
 
-        return jax.vjp(of_gradients, params, x, has_aux=True)
+        return jax.vjp(differentiable, params, x, has_aux=True)
 
-    return save
+    return with_vjp
 
 
-def _both_ways(save: Callable) -> Callable:
-    """Forward and backward in one program."""
+def _forward_and_backward(with_vjp: Callable) -> Callable:
+    """Return forward and backward as one function."""
 
     def both(params: Any, x: Array, stats: Any, dy: Array) -> tuple[Any, ...]:
-        y, vjp, new = save(params, x, stats)
-        # In a network dy depends on y. If it did not here, XLA would compute the sums
-        # of both directions in the same pass over x.
+        y, vjp, new = with_vjp(params, x, stats)
+        # In a network dy depends on y. Without that dependence XLA would compute the
+        # sums of forward and backward in the same pass over x.
         y, dy = lax.optimization_barrier((y, dy))
         return y, new, vjp(dy)
 
@@ -125,7 +125,7 @@ def _both_ways(save: Callable) -> Callable:
 
 
 def count_layers(chip: Chip) -> list[dict[str, Any]]:
-    """A row of figures for each layer, dtype, with and without ReLU, and library."""
+    """Return a row for each layer, dtype and library, with and without ReLU."""
     cases = [
         {"shape": shape, "axis": axis, "dtype": dtype, "relu": relu, "norm": norm}
         for shape, axis in LAYERS
@@ -140,7 +140,7 @@ def count_layers(chip: Chip) -> list[dict[str, Any]]:
 
 
 def count_steps(chip: Chip) -> list[dict[str, Any]]:
-    """Gigabytes that a training step of ResNet-50 moves and holds, in rows."""
+    """Return rows of gigabytes that a training step of ResNet-50 moves and holds."""
     cases = [(dtype, norm) for dtype in DTYPES for norm in NORMS]
     return [
         {"dtype": dtype, "norm": norm, **_count_step(chip, NORMS[norm], dtype)}
@@ -165,24 +165,24 @@ def _track(cases: list) -> Any:
 
 
 def layer_table(rows: list[dict[str, Any]], chip: str) -> Table:
-    """One line for a layer, jaxbn's figure before flax's in each cell."""
+    """Return a line for each layer; a cell holds jaxbn's figure, then Flax's."""
     columns = {
         "forward": "forward",
         "backward": "backward",
-        "apart": "backward apart",
+        "separate": "backward, separate program",
         "both_temporary": "temporary",
     }
     lines = [
-        ["x".join(map(str, ours["shape"])), ours["dtype"], "yes" * ours["relu"]]
-        + [f"{ours[column]:.2f} / {theirs[column]:.2f}" for column in columns]
-        for ours, theirs in zip(rows[::2], rows[1::2], strict=True)
+        ["x".join(map(str, row["shape"])), row["dtype"], "yes" * row["relu"]]
+        + [f"{row[column]:.2f} / {flax_row[column]:.2f}" for column in columns]
+        for row, flax_row in zip(rows[::2], rows[1::2], strict=True)
     ]
     title = f"{chip}: passes over x, and temporary memory in units of x, jaxbn / flax"
     return Table(title, ["x", "dtype", "ReLU", *columns.values()], lines)
 
 
 def step_table(rows: list[dict[str, Any]], chip: str) -> Table:
-    """One line for each step of ResNet-50."""
+    """Return a line for each training step of ResNet-50."""
     lines = [
         [row["dtype"], row["norm"]]
         + [f"{row[name]:.2f}" for name in ("traffic", "temporary")]
@@ -193,19 +193,21 @@ def step_table(rows: list[dict[str, Any]], chip: str) -> Table:
 
 
 def versions(chip: str) -> dict[str, str]:
-    """What the figures depend on."""
-    packages = ("jax", "jaxlib", "flax", LIBRARY[chip])
+    """Return the versions that the figures depend on."""
+    packages = ("jax", "jaxlib", "flax", COMPILER_PACKAGES[chip])
     found = {package: version(package) for package in packages}
     return {"python": platform.python_version(), "jaxbn": jaxbn.__version__, **found}
 
 
 def main() -> None:
-    """Count, print, and write `aot-<platform>.json` and its tables."""
+    """Count, print the tables, and write `aot-<platform>.json` and `.md`."""
     parser = argparse.ArgumentParser("python -m benchmarks.aot", description=__doc__)
-    parser.add_argument("--platform", choices=tuple(LIBRARY), required=True)
-    parser.add_argument("--quick", action="store_true", help="without the ResNet-50")
+    parser.add_argument("--platform", choices=tuple(COMPILER_PACKAGES), required=True)
+    parser.add_argument("--quick", action="store_true", help="skip ResNet-50")
     here = Path(__file__).parent / "results"
-    parser.add_argument("--output", type=Path, default=here, help="where results go")
+    parser.add_argument(
+        "--output", type=Path, default=here, help="folder of the results"
+    )
     args = parser.parse_args()
     chip, console = describe(args.platform), Console()
     layers = count_layers(chip)

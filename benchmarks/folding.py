@@ -1,9 +1,9 @@
-"""What folding buys at inference: `python -m benchmarks.folding`.
+"""Time inference with and without folding: `python -m benchmarks.folding`.
 
-A layer and its batch norm against the layer that does both, compiled by `jax.jit` and
-run op by op. Before timing, both must give the same; then they run by turns, so that
-what else the machine does hits both alike. The compiled gain is small where XLA fuses
-the batch norm to one pass that the folded layer's bias needs as well.
+A layer with batch norm versus the folded layer, compiled by `jax.jit` and run op by op.
+Their results are compared first; then they run in turns, so that a disturbance of the
+machine affects both equally. The compiled gain is small if XLA fuses the batch norm
+into one pass, which the folded layer's bias needs as well.
 """
 
 import argparse
@@ -23,7 +23,7 @@ import jaxbn.nnx
 
 
 class Residual(nnx.Module):
-    """The basic block of a ResNet."""
+    """Add two convolutions with batch norm to their input, as a ResNet does."""
 
     def __init__(self, features: int, rngs: nnx.Rngs):
         conv = partial(nnx.Conv, features, features, (3, 3), use_bias=False, rngs=rngs)
@@ -31,18 +31,18 @@ class Residual(nnx.Module):
         self.body = nnx.Sequential(conv(), norm(), nnx.relu, conv(), norm())
 
     def __call__(self, x: Array) -> Array:
-        """ReLU of x and the body's."""
+        """Return the ReLU of the sum of x and the convolutions."""
         return nnx.relu(x + self.body(x))
 
 
 def layer(make: Callable[..., Any], features: int, rngs: nnx.Rngs) -> nnx.Module:
-    """`make`, and a batch norm."""
+    """Return a layer, built by `make`, with a batch norm after it."""
     norm = jaxbn.nnx.BatchNorm(features, rngs=rngs)
     return nnx.Sequential(make(use_bias=False, rngs=rngs), norm)
 
 
 def models(rngs: nnx.Rngs) -> dict[str, tuple[nnx.Module, tuple[int, ...]]]:
-    """Name -> model and the shape of x: three layers, then a stack."""
+    """Return models and the shapes of x, by name: three layers, then a stack."""
     conv, dense = partial(nnx.Conv, kernel_size=(3, 3)), partial(nnx.Linear, 1024, 1024)
     wide = partial(nnx.Conv, 64, 256, (1, 1))
     blocks = nnx.Sequential(*(Residual(32, rngs) for _ in range(10)))
@@ -55,7 +55,7 @@ def models(rngs: nnx.Rngs) -> dict[str, tuple[nnx.Module, tuple[int, ...]]]:
 
 
 def randomize(model: nnx.Module, seed: int) -> None:
-    """Statistics as after training: folding ones and zeros would test nothing."""
+    """Randomize the statistics: folding zeros and ones would test nothing."""
     rng, stats = np.random.default_rng(seed), nnx.state(model, nnx.BatchStat)
     nnx.update(
         model,
@@ -64,7 +64,7 @@ def randomize(model: nnx.Module, seed: int) -> None:
 
 
 def medians(calls: list[Callable[[], Array]], repeats: int) -> list[float]:
-    """Milliseconds of each call, run by turns."""
+    """Return the median milliseconds of each call; the calls run in turns."""
     times = np.empty((repeats, len(calls)))
     for row in times:
         for i, call in enumerate(calls):
@@ -75,7 +75,7 @@ def medians(calls: list[Callable[[], Array]], repeats: int) -> list[float]:
 
 
 def compare(model: nnx.Module, x: Array, compiled: bool, repeats: int) -> list[float]:
-    """Milliseconds with batch norm, and folded."""
+    """Return milliseconds with batch norm, and folded."""
     model.eval()
     calls = []
     for version in (model, jaxbn.nnx.fold(model)):
@@ -93,10 +93,10 @@ def compare(model: nnx.Module, x: Array, compiled: bool, repeats: int) -> list[f
 
 
 def main() -> None:
-    """All comparisons, in one table."""
+    """Print all comparisons in one table."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--repeats", type=int, default=50)
-    parser.add_argument("--seed", type=int, default=0, help="of all that is random")
+    parser.add_argument("--seed", type=int, default=0, help="seed of all random arrays")
     args = parser.parse_args()
     device = jax.devices()[0]
     table = Table(

@@ -1,7 +1,7 @@
-"""Docstrings and signatures as the API reference shows them: an extension of griffe.
+"""Prepare docstrings and signatures for the API reference: an extension of griffe.
 
-The docstrings are Markdown, but for their doctests; the annotations are as exact as
-type checkers and jaxtyping want them, which is more than one reads.
+The docstrings are Markdown except for their doctests; the annotations hold shapes for
+jaxtyping, which would crowd a signature.
 """
 
 import re
@@ -20,7 +20,7 @@ SHAPED = {"Array", "Bool", "Float", "Inexact", "Int", "Real"}  # jaxtyping's
 
 
 class Readable(griffe.Extension):
-    """Fences doctests, links public names, and takes annotations to what they say."""
+    """Fence doctests, link public names, and take shapes out of annotations."""
 
     def on_object(self, *, obj: griffe.Object, **_: Any) -> None:
         """Run for each module, class, function and attribute."""
@@ -35,7 +35,7 @@ class Readable(griffe.Extension):
             obj.annotation = _simple(obj.annotation)
 
     def on_class(self, *, cls: griffe.Class, **_: Any) -> None:
-        """Give a NamedTuple, whose `__init__` is in no source, its signature."""
+        """Give a NamedTuple, whose source has no `__init__`, its signature."""
         if "NamedTuple" in map(str, cls.bases):
             init = griffe.Function("__init__", parameters=_parameters(cls))
             cls.set_member("__init__", init)
@@ -57,7 +57,7 @@ def _fence_doctests(text: str) -> str:
 
 
 def _link_names(text: str, here: str) -> str:
-    """Make a link of every public name that stands in backticks, but its own."""
+    """Link every public name in backticks, except in its own docstring."""
 
     def link(match: re.Match[str]) -> str:
         known = match[1] in PUBLIC - {here}
@@ -67,19 +67,16 @@ def _link_names(text: str, here: str) -> str:
 
 
 def _simple(annotation: Any) -> Any:
-    """`Array` for jaxtyping's `Float[Array, "..."]`, and no `Any` beside other types.
-
-    `Any` is there for what jaxbn refuses with a message of its own.
-    """
+    """Replace jaxtyping's `Float[Array, "..."]` by `Array`, an alias by its class."""
     match annotation:
+        case griffe.ExprName(name="AnyParams"):
+            return griffe.ExprName("BatchNormParams", annotation.parent)
         case griffe.ExprSubscript(
             left=griffe.ExprName(name=name), slice=griffe.ExprTuple(elements=parts)
         ) if name in SHAPED:
             return parts[0]
         case griffe.ExprBinOp(operator="|"):
             left, right = _simple(annotation.left), _simple(annotation.right)
-            if str(left) == "Any" or str(right) == "Any":
-                return right if str(left) == "Any" else left
             return griffe.ExprBinOp(left, "|", right)
         case griffe.ExprSubscript():
             return griffe.ExprSubscript(annotation.left, _simple(annotation.slice))

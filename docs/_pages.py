@@ -17,8 +17,11 @@ ROOT = Path(__file__).parent.parent
 # At the same paths as in the repository, so that the links among them hold.
 WHOLE = ["CHANGELOG.md", "CONTRIBUTING.md", "benchmarks/README.md"]
 
-# Their tables have the place of the table of contents.
+# Wide tables take the place of the table of contents.
 WIDE = ["benchmarks/README.md"]
+
+# A line that is only a link to a table: the site shows the table instead.
+TABLE_LINK = re.compile(r"^\[[^\]]*\]\((results/[\w-]+\.md)\)$", re.MULTILINE)
 
 # Pages made of sections of the README: their title, and the headings of these.
 FROM_README = {
@@ -58,10 +61,15 @@ def _section(text: str, heading: str) -> str:
     return found[0]
 
 
+def _table(link: re.Match[str]) -> str:
+    return (ROOT / "benchmarks" / link[1]).read_text() + "\n"
+
+
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
     """Drop `docs/` from links: on the site it is the top, where GitHub has a folder."""
     if page.file.src_uri in WIDE:
         page.meta["hide"] = ["toc"]
+        markdown = TABLE_LINK.sub(_table, markdown)
     if page.file.src_uri in {*WHOLE, *FROM_README}:
         return re.sub(r"(\]\((?:\.\./)*)docs/", r"\1", markdown)
     return re.sub(r"(\]\((?:\.\./)*)\.\./(?=benchmarks/|[A-Z]+\.md)", r"\1", markdown)

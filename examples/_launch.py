@@ -1,4 +1,4 @@
-"""Processes that live and die together: start, watch, end, and start again."""
+"""Start processes, watch them, end all when one fails, and start them again."""
 
 import os
 import signal
@@ -12,31 +12,31 @@ from rich.console import Console
 
 
 def launch(commands: Callable[[int], list[list[str]]], restarts: int) -> None:
-    """Run `commands(attempt)` together, again when one fails; then exit with 1."""
+    """Run `commands(attempt)` together; restart after failures, then exit with 1."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda number, _: sys.exit(128 + number))
     for attempt in range(restarts + 1):
         failed = run_together(commands(attempt))
         if not failed:
             return
-        # Signals first: who lost its peer to one may have exited by itself by now.
+        # Signals first: a worker that lost its peer may have exited by itself by now.
         order = sorted(failed, key=failed.__getitem__)
         fates = "; ".join(f"worker {i} {fate(failed[i])}" for i in order)
-        print(f"Launcher: {fates}; the others are ended.", flush=True)
+        print(f"Launcher: {fates}; all others were stopped.", flush=True)
         if attempt < restarts:
             print(f"Launcher: restart {attempt + 1} of {restarts}.", flush=True)
     sys.exit(f"Launcher: gave up after {restarts} restarts.")
 
 
 def run_together(commands: list[list[str]]) -> dict[int, int]:
-    """Run all until all succeed or one fails: the codes of those that failed.
+    """Run until all succeed or one fails; return the exit codes of failed workers.
 
-    No process is left, however this function is left.
+    No process outlives this function, even if it raises.
     """
     workers: list[subprocess.Popen] = []
     try:
         for command in commands:
-            # In a group of its own: Ctrl-C goes to the launcher, which ends them.
+            # With its own group, Ctrl-C reaches only the launcher, which ends it.
             workers.append(subprocess.Popen(command, process_group=0))
         while True:
             codes = [worker.poll() for worker in workers]
@@ -46,11 +46,11 @@ def run_together(commands: list[list[str]]) -> dict[int, int]:
             time.sleep(0.05)
     finally:
         end(workers)
-        Console().show_cursor()  # a progress bar that was killed has left it hidden
+        Console().show_cursor()  # a killed progress bar leaves it hidden
 
 
 def end(workers: list[subprocess.Popen], grace: float = 5.0) -> None:
-    """SIGTERM to those that run; SIGKILL to those that still do after the grace."""
+    """Send SIGTERM to running workers, and SIGKILL after `grace` seconds."""
     for worker in workers:
         worker.terminate()
     deadline = time.monotonic() + grace
@@ -64,14 +64,14 @@ def end(workers: list[subprocess.Popen], grace: float = 5.0) -> None:
 
 
 def fate(code: int) -> str:
-    """How a process with this return code ended."""
+    """Describe how a process with this return code ended."""
     if code < 0:
         return f"was killed by {signal.Signals(-code).name}"
     return f"exited with status {code}"
 
 
 def end_with(launcher: int) -> None:
-    """In a worker: end as soon as the launcher is gone, even if by SIGKILL."""
+    """End this worker as soon as its launcher is gone, even by SIGKILL."""
 
     def watch() -> None:
         while os.getppid() == launcher:

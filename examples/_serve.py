@@ -1,6 +1,6 @@
-"""Serve exported models: a process that knows jax, flatbuffers, NumPy and the files.
+"""Run exported models in a process that imports only JAX, flatbuffers and NumPy.
 
-python _serve.py IMAGES.npy RESULTS.npz MODEL...
+Usage: python _serve.py IMAGES.npy RESULTS.npz MODEL...
 """
 
 import sys
@@ -16,7 +16,7 @@ import numpy as np
 def measure(
     calls: Sequence[Callable], images: np.ndarray, repeats: int = 30
 ) -> list[float]:
-    """Milliseconds of each call, compiled before; medians of runs by turns."""
+    """Return the median milliseconds per call; calls alternate after a warm-up."""
     times = np.empty((repeats + 1, len(calls)))
     for row in times:
         for i, call in enumerate(calls):
@@ -27,7 +27,7 @@ def measure(
 
 
 def main() -> None:
-    """Logits of all images, and the time that each model takes for 64 of them."""
+    """Write the logits of all images, and the time per model for 64 of them."""
     images, results, *models = map(Path, sys.argv[1:])
     x = np.load(images)
     loaded = [jax.export.deserialize(bytearray(m.read_bytes())) for m in models]

@@ -1,17 +1,17 @@
-"""Train a ResNet on N devices with 4 images each, batch norm synchronized and not.
+"""Train a ResNet on N devices with 4 images each, with and without synchronization.
 
-Four ways to compute the same steps; images dealt to devices at random, or by digit.
+Compares four ways to compute the same steps; devices get random images, or images of
+few digits.
 """
 
-import argparse
 from functools import partial
-from pathlib import Path
 
 import flax.linen as nn
 import jax
 import numpy as np
 import optax
 from _digits import load_digits
+from _training import make_parser
 from jax import Array, lax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -24,13 +24,13 @@ import jaxbn.linen
 
 
 class ResNet(nn.Module):
-    """Three blocks at falling resolution; `axis_name`: devices to normalize over."""
+    """Three blocks of decreasing resolution; `axis_name` synchronizes devices."""
 
     axis_name: str | None = None
 
     @nn.compact
     def __call__(self, x: Array, train: bool = False) -> Array:
-        """NHWC images to logits; without `train`, by the running statistics."""
+        """Map NHWC images to logits; without `train`, with the running statistics."""
         norm = partial(jaxbn.linen.BatchNorm, not train, axis_name=self.axis_name)
         for width in (8, 16, 32):
             conv = partial(nn.Conv, width, use_bias=False)
@@ -41,7 +41,7 @@ class ResNet(nn.Module):
 
 
 def deal(labels: np.ndarray, size: int, steps: int, seed: int) -> dict[str, list]:
-    """The rows of every batch, as drawn and in order of their labels."""
+    """Return the row numbers of every batch, in random order and sorted by label."""
     rng = np.random.default_rng(seed)
     drawn = [rng.choice(len(labels), size, replace=False) for _ in range(steps)]
     return {"at random": drawn, "by digit": [r[labels[r].argsort()] for r in drawn]}
@@ -50,7 +50,7 @@ def deal(labels: np.ndarray, size: int, steps: int, seed: int) -> dict[str, list
 def train_step(
     model: ResNet, axis_name: str | None, state: tuple, batch: list, rate: float
 ) -> tuple[tuple, Array]:
-    """One step: the new state, and the loss; `axis_name`: as one device of several."""
+    """Take one step, on one device of `axis_name` if given; return state and loss."""
     (params, stats, trace), (images, labels) = state, batch
 
     def loss(params: dict) -> tuple:
@@ -59,8 +59,8 @@ def train_step(
         costs = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
         if axis_name is None:
             return costs.mean(), new["batch_stats"]
-        # The gradient needs no pmean: shard_map adds it up for what devices share. The
-        # statistics do where each device has its own; synchronized, they are equal.
+        # The gradient of shared parameters needs no pmean: shard_map sums it. The
+        # statistics need one if each device has its own; synchronized, they are equal.
         return lax.pmean((costs.mean(), new["batch_stats"]), axis_name)
 
     (cost, stats), grads = jax.value_and_grad(loss, has_aux=True)(params)
@@ -69,7 +69,7 @@ def train_step(
 
 
 def ways(mesh: Mesh) -> dict[str, tuple]:
-    """By name: a compiled step, and where its state and its batches are to be put."""
+    """Return, by name, a compiled step and the shardings of its state and batches."""
     specs = {"in_specs": (P(), P("data"), P()), "out_specs": P()}
     mapped = partial(jax.shard_map, mesh=mesh, **specs)
     own = jax.jit(mapped(partial(train_step, ResNet(), "data")))
@@ -86,13 +86,13 @@ def ways(mesh: Mesh) -> dict[str, tuple]:
 
 @jax.jit
 def accuracy(params: dict, stats: dict, images: Array, labels: Array) -> Array:
-    """The share recognized, normalized by the running statistics."""
+    """Return the share of digits recognized, with the running statistics."""
     logits = ResNet().bind({"params": params, "batch_stats": stats})(images)
     return (logits.argmax(-1) == labels).mean()
 
 
 def fit(way: tuple, start: tuple, digits: list, batches: list) -> tuple[list, dict]:
-    """One run, its rate falling to 0: losses, and test accuracies by step."""
+    """Train once at a rate falling to 0; return losses, and accuracies by step."""
     (test, train), (step, state_place, batch_place) = digits, way
     state, losses, accuracies = jax.device_put(start, state_place), [], {}
     for rows in track(batches, disable=not Console().is_terminal):
@@ -105,12 +105,12 @@ def fit(way: tuple, start: tuple, digits: list, batches: list) -> tuple[list, di
 
 
 def draw(runs: dict[str, dict[str, tuple]]) -> Figure:
-    """Loss and accuracy against steps: above dealt at random, below by digit."""
+    """Plot loss and accuracy by step: random images on top, sorted ones below."""
     figure = Figure(figsize=(10, 7), layout="constrained")
     axes = figure.subplots(2, 2, sharex=True, sharey="col")
     for (left, right), (order, group) in zip(axes, runs.items(), strict=True):
         for i, (name, (losses, accuracies)) in enumerate(group.items()):
-            # One device is a wide line, to show behind those that equal it.
+            # One device is a wide line, visible behind the lines that equal it.
             style = {"label": name, "color": f"C{i}", "lw": 1.3 if i else 5}
             left.semilogy(np.convolve(losses, np.full(20, 0.05), "valid"), **style)
             right.plot(*zip(*accuracies.items(), strict=True), **style)
@@ -121,41 +121,49 @@ def draw(runs: dict[str, dict[str, tuple]]) -> Figure:
     return figure
 
 
-def summarize(runs: dict[str, dict[str, tuple]]) -> tuple[Table, str]:
-    """A table, and what each way changes in the test accuracy of one device."""
+def summarize(runs: dict[str, dict[str, tuple]]) -> Table:
+    """Return a table of accuracies, last losses, and differences from one device."""
     header = ("Images\ndealt", "Way", "Test\naccuracy", "Loss of\nlast 20")
-    table, points = Table(*header, "Off in the\nfirst 5 losses"), {}
+    table = Table(*header, "Difference in\nfirst 5 losses")
     for order, group in runs.items():
-        first, one = group["one device, all images"]
+        first, _ = group["one device, all images"]
         for name, (losses, accuracies) in group.items():
             off = np.abs(np.subtract(losses, first))[:5].max()
-            final = accuracies[len(losses)]
+            final = f"{accuracies[len(losses)]:.1%}"
             last = f"{np.mean(losses[-20:]):.4f}"
-            table.add_row(order, name, f"{final:.1%}", last, f"{off:.1g}")
-            points.setdefault(name, []).append(100 * (final - one[len(losses)]))
-    _, (at_random, by_digit), *same = points.values()
-    return table, (
-        f"Test accuracy against one device, in points: unsynchronized {at_random:+.1f} "
-        f"dealt at random,\n{by_digit:+.1f} dealt by digit; synchronized, both ways, "
-        f"{np.min(same):+.1f} to {np.max(same):+.1f}."
+            table.add_row(order, name, final, last, f"{off:.1g}")
+    return table
+
+
+def conclude(runs: dict[str, dict[str, tuple]]) -> str:
+    """Return a sentence on the changes in test accuracy relative to one device."""
+    finals = [
+        [list(accuracies.values())[-1] for _, accuracies in group.values()]
+        for group in runs.values()
+    ]
+    one, unsynchronized, *synchronized = 100 * np.transpose(finals)
+    at_random, by_digit = unsynchronized - one
+    same = np.array(synchronized) - one
+    return (
+        f"Test accuracy relative to one device, in points: unsynchronized "
+        f"{at_random:+.1f} dealt at random,\n{by_digit:+.1f} dealt by digit; "
+        f"synchronized, both ways, {same.min():+.1f} to {same.max():+.1f}."
     )
 
 
 def main() -> None:
-    """Eight runs; a table and a picture of them."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--devices", type=int, default=8, help="how many, at most")
-    parser.add_argument("--quick", action="store_true", help="40 steps instead of 400")
-    parser.add_argument("--seed", type=int, default=0, help="of all that is random")
-    here = Path(__file__).parent / "output"
-    parser.add_argument("--output", type=Path, default=here, help="where results go")
+    """Train eight times; print a table and write a picture."""
+    quick = "40 steps instead of 400: only check that it runs, without a conclusion"
+    parser = make_parser(__doc__, quick)
+    devices = "largest number of devices (default: 8)"
+    parser.add_argument("--devices", type=int, default=8, help=devices)
     args = parser.parse_args()
     args.output.mkdir(parents=True, exist_ok=True)
-    jax.config.update("jax_num_cpu_devices", args.devices)  # GPUs remain as they are
+    jax.config.update("jax_num_cpu_devices", args.devices)  # does not affect GPUs
     mesh = Mesh(jax.devices()[: args.devices], ("data",))
     test, train = digits = load_digits(args.seed)
     dealt = deal(train[1], 4 * mesh.size, 40 if args.quick else 400, args.seed)
-    key = jax.random.key(args.seed, impl="rbg")  # compiles faster than the default one
+    key = jax.random.key(args.seed, impl="rbg")  # compiles faster than the default
     variables = jax.jit(ResNet().init)(key, test[0][:1])
     params, stats = variables["params"], variables["batch_stats"]
     start, steps = (params, stats, optax.sgd(0.0, 0.9).init(params)), ways(mesh)
@@ -164,10 +172,10 @@ def main() -> None:
         for order, batches in dealt.items()
     }
     draw(runs).savefig(args.output / "train_data_parallel.png", dpi=110)
-    table, conclusion = summarize(runs)
-    Console(width=88).print(table)
+    Console(width=88).print(summarize(runs))
     print(f"Picture: {args.output / 'train_data_parallel.png'}")
-    print(conclusion)
+    too_short = "Too short to say: --quick only checks that the example runs."
+    print(too_short if args.quick else conclude(runs))
 
 
 if __name__ == "__main__":

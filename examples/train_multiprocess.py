@@ -1,15 +1,15 @@
-"""Train in several processes with synchronized batch norm, and survive their deaths.
+r"""Train in several processes with synchronized batch norm, and recover from failures.
 
-Without --process-id this starts --processes workers on this machine, watches them, and
-when one dies starts all again from the last complete checkpoint. On several hosts run
-one worker on each, with the same --output on a shared file system:
+Without --process-id, this starts --processes workers on this machine and watches them.
+If one dies, all start again from the last complete checkpoint. On several hosts, run
+one worker per host, with the same --output on a shared file system:
 
     python examples/train_multiprocess.py --processes 2 --process-id 0 \
         --coordinator HOST0:1234 --output SHARED   # on HOST0
     python examples/train_multiprocess.py --processes 2 --process-id 1 \
         --coordinator HOST0:1234 --output SHARED   # on the other
 
-Given again after a failure, the same commands go on from the last checkpoint.
+After a failure, the same commands continue from the last checkpoint.
 """
 
 import argparse
@@ -47,11 +47,11 @@ import jaxbn.linen
 
 
 class Network(nn.Module):
-    """Two convolutions, each normalized over all processes; then the logits."""
+    """Two convolutions, each normalized over all processes; the logits."""
 
     @nn.compact
     def __call__(self, x: Array, mask: Array | None = None) -> Array:
-        """NHWC images to logits; a mask means training, on the images where it is 1."""
+        """Map NHWC images to logits; `mask` marks the images to train on."""
         for width in (16, 32):
             x = nn.Conv(width, (3, 3), 2, use_bias=False)(x)
             norm = jaxbn.linen.BatchNorm(mask is None, momentum=0.9, axis_name="data")
@@ -60,14 +60,14 @@ class Network(nn.Module):
 
 
 class State(TrainState):
-    """All that a checkpoint holds; `step` is also the position in the data."""
+    """The content of a checkpoint; `step` is also the position in the data."""
 
     batch_stats: dict
-    seen: Array  # how many examples, of all processes
+    seen: Array  # number of examples, over all processes
 
 
 def create(key: Array) -> State:
-    """The state before the first step."""
+    """Return the state before the first step."""
     model = Network()
     variables = model.init(key, jnp.zeros((1, 28, 28, 1)))
     optimizer, seen = optax.sgd(0.1, momentum=0.9), jnp.int32(0)
@@ -77,7 +77,7 @@ def create(key: Array) -> State:
 def train_step(
     state: State, images: Array, labels: Array, valid: Array
 ) -> tuple[State, Array]:
-    """One step on this process's part of a batch: the new state, the whole's loss."""
+    """Take one step on this process's part of a batch; return state and global loss."""
     count = lax.psum(valid.sum(), "data")
 
     def loss(params: dict) -> tuple[Array, dict]:
@@ -95,7 +95,7 @@ def train_step(
 
 
 def split(seed: int, examples: int, processes: int) -> list[np.ndarray]:
-    """Row numbers: those held out, then each process's shard, of uneven sizes."""
+    """Return row numbers: held out, then the shard of each process, of uneven sizes."""
     rng = np.random.default_rng(seed)
     held_out, rows = np.split(rng.permutation(5000)[: 1000 + examples], [1000])
     owner = rng.integers(processes, size=len(rows))
@@ -103,7 +103,7 @@ def split(seed: int, examples: int, processes: int) -> list[np.ndarray]:
 
 
 def load_digits(parts: list[np.ndarray]) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Images and labels of MNIST, of the rows of each part and no others."""
+    """Return MNIST images and labels, only the rows of each part."""
     pixels, labels = mnist_data()
     images = pixels.astype(np.float32).reshape(-1, 28, 28, 1) / 255
     return [(images[rows], labels[rows]) for rows in parts]
@@ -112,7 +112,7 @@ def load_digits(parts: list[np.ndarray]) -> list[tuple[np.ndarray, np.ndarray]]:
 def batch_at(
     shard: tuple, step: int, steps_per_epoch: int, size: int, seed: int
 ) -> list[np.ndarray]:
-    """The shard's batch at a step, padded to `size`, and 1 where a row is valid."""
+    """Return the shard's batch at a step, padded to `size`, and 1 for valid rows."""
     epoch, i = divmod(step, steps_per_epoch)
     order = np.random.default_rng((seed, epoch)).permutation(len(shard[1]))
     rows = order[i * size : (i + 1) * size]
@@ -124,14 +124,14 @@ def batch_at(
 
 
 def restore_newest(manager: ocp.CheckpointManager, state: State) -> State:
-    """The newest checkpoint that all processes can read; `state` if there is none."""
+    """Return the newest checkpoint that all processes can read, or `state`."""
     for step in sorted(manager.all_steps(), reverse=True):
         restored, error = None, None
-        # One read that fails makes Orbax's others print tracebacks; ours says enough.
+        # After a failed read, Orbax's other reads print tracebacks: a warning will do.
         with contextlib.redirect_stderr(io.StringIO()):
             try:
                 restored = manager.restore(step, args=ocp.args.StandardRestore(state))
-            except Exception as any_error:  # what damage causes has no common class
+            except Exception as any_error:  # damage causes many classes of errors
                 error = any_error
             readable = process_allgather(np.array(error is None)).all()
         if readable:
@@ -143,7 +143,7 @@ def restore_newest(manager: ocp.CheckpointManager, state: State) -> State:
 
 
 def save(manager: ocp.CheckpointManager, state: State) -> None:
-    """Write a checkpoint, complete or not at all, in place of an unreadable one."""
+    """Write a checkpoint atomically; replace an unreadable one of the same step."""
     step = int(state.step)
     if step in manager.all_steps():
         manager.delete(step)
@@ -156,7 +156,7 @@ def train(
     shard: tuple,
     steps_per_epoch: int,
 ) -> State:
-    """All steps from the last checkpoint on, together with the other processes."""
+    """Train from the last checkpoint to the last step, with the other processes."""
     mesh = Mesh(jax.devices(), ("data",))
     everywhere, by_rows = (NamedSharding(mesh, spec) for spec in (P(), P("data")))
     specs = {"in_specs": (P(), *[P("data")] * 3), "out_specs": P()}
@@ -165,24 +165,32 @@ def train(
     state = restore_newest(manager, state)
     start, first = int(state.step), jax.process_index() == 0
     if first:
-        print(f"{'Resuming' if start else 'Starting'} from step {start}.", flush=True)
+        print(describe_start(start, args.steps), flush=True)
     silent = not (first and Console().is_terminal)
     for step in track(range(start + 1, args.steps + 1), disable=silent):
         batch = batch_at(shard, step - 1, steps_per_epoch, args.batch, args.seed)
         batch = [jax.make_array_from_process_local_data(by_rows, a) for a in batch]
         state, cost = step_together(state, *batch)
-        cost = float(cost)  # waits, so that no more than one step is under way
+        cost = float(cost)  # waits, so that at most one step is in progress
         if first and silent and step % args.checkpoint_every == 0:
             print(f"Step {step}: loss {cost:.4f}", flush=True)
         if step % args.checkpoint_every == 0 or step == args.steps:
             save(manager, state)
         if step == args.kill_after:
+            print(f"Worker {args.process_id} kills itself at step {step}.", flush=True)
             os.kill(os.getpid(), signal.SIGKILL)
     return state
 
 
+def describe_start(start: int, steps: int) -> str:
+    """Describe the step from which the training continues."""
+    if start >= steps:
+        return f"Finished already: the checkpoint is at step {start}, nothing to train."
+    return f"{'Resuming' if start else 'Starting'} from step {start}."
+
+
 def report(state: State, test: tuple, path: Path) -> None:
-    """Write the final variables; say their digest and the test accuracy."""
+    """Write the final variables; print their digest and the test accuracy."""
     variables = {"params": state.params, "batch_stats": state.batch_stats}
     variables = jax.tree.map(np.asarray, variables)
     flat = dict(sorted(flatten_dict(variables, sep="/").items()))
@@ -195,20 +203,20 @@ def report(state: State, test: tuple, path: Path) -> None:
 
 
 def work(args: argparse.Namespace) -> None:
-    """One worker, from its first contact with the others to the end."""
+    """Run one worker, from its connection to the coordinator to the report."""
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     jax.config.update("jax_enable_preemption_service", False)  # it ignores SIGTERM
     jax.distributed.initialize(args.coordinator, args.processes, args.process_id)
     held_out, *shards = split(args.seed, args.examples, args.processes)
     test, shard = load_digits([held_out, shards[args.process_id]])
-    steps_per_epoch = -(-max(map(len, shards)) // args.batch)  # as the largest needs
-    # Another run's checkpoints would not fit: a name for each.
+    steps_per_epoch = -(-max(map(len, shards)) // args.batch)  # of the largest shard
+    # Each configuration has its own folder: checkpoints of others do not fit.
     run = f"seed{args.seed}-{args.processes}x{args.batch}-of-{args.examples}"
     options = ocp.CheckpointManagerOptions(
         max_to_keep=3, cleanup_tmp_directories=True, enable_async_checkpointing=False
     )
-    directory = args.output.resolve() / "checkpoints" / run
+    directory = args.output / "checkpoints" / run
     with ocp.CheckpointManager(directory, options=options) as manager:
         state = train(args, manager, shard, steps_per_epoch)
     if args.process_id == 0:
@@ -216,7 +224,7 @@ def work(args: argparse.Namespace) -> None:
 
 
 def commands(args: argparse.Namespace, attempt: int) -> list[list[str]]:
-    """What starts each worker on this machine, with a free port to meet at."""
+    """Return the command line of each worker, with a free port to connect to."""
     with socket.create_server(("localhost", 0)) as server:
         coordinator = f"localhost:{server.getsockname()[1]}"
     common = [sys.executable, __file__, *sys.argv[1:], f"--coordinator={coordinator}"]
@@ -229,25 +237,26 @@ def commands(args: argparse.Namespace, attempt: int) -> list[list[str]]:
 
 
 def parse() -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--processes", type=int, default=2, help="how many, on all hosts")
-    add("--process-id", type=int, help="be this worker, from 0, and start no others")
+    add("--processes", type=int, default=2, help="number of workers, on all hosts")
+    add("--process-id", type=int, help="run only this worker, from 0")
     add("--coordinator", help="HOST:PORT where worker 0 listens; with --process-id")
     add("--launcher", type=int, help=argparse.SUPPRESS)
-    add("--steps", type=int, default=600, help="in all, also if resumed")
-    add("--batch", type=int, default=32, help="rows per process and step")
-    add("--examples", type=int, default=4000, help="to train on, of all processes")
-    add("--checkpoint-every", type=int, default=100, help="how many steps")
-    add("--kill-after", type=int, default=0, help="step to SIGKILL a worker at, once")
-    add("--restarts", type=int, default=3, help="how often, before giving up")
-    add("--quick", action="store_true", help="60 steps; a worker dies at 30")
-    add("--seed", type=int, default=0, help="of all that is random")
-    here = Path(__file__).parent / "output"
-    add("--output", type=Path, default=here, help="where results and checkpoints go")
+    add("--steps", type=int, default=600, help="total steps, over all restarts")
+    add("--batch", type=int, default=32, help="examples per process and step")
+    add("--examples", type=int, default=4000, help="training examples, in total")
+    add("--checkpoint-every", type=int, default=100, help="steps between checkpoints")
+    add("--kill-after", type=int, default=0, help="step that kills one worker, once")
+    add("--restarts", type=int, default=3, help="restarts before giving up")
+    add("--quick", action="store_true", help="60 steps; one worker is killed after 30")
+    add("--seed", type=int, default=0, help="seed of all random numbers")
+    folder = Path(__file__).resolve().parent / "output"
+    shown = "folder for results and checkpoints (default: examples/output)"
+    add("--output", type=lambda path: Path(path).resolve(), default=folder, help=shown)
     args = parser.parse_args()
     if (args.process_id is None) != (args.coordinator is None):
         parser.error("--process-id and --coordinator go together")
@@ -258,9 +267,11 @@ def parse() -> argparse.Namespace:
 
 
 def main() -> None:
-    """One worker if --process-id says which; else the launcher of all."""
+    """Run the worker of --process-id, or launch all workers."""
     args = parse()
     if args.process_id is None:
+        if args.kill_after > args.steps:
+            print(f"Launcher: no worker is killed: --steps ends at {args.steps}.")
         launch(lambda attempt: commands(args, attempt), args.restarts)
         return
     if args.launcher:
@@ -269,8 +280,10 @@ def main() -> None:
     try:
         work(args)
     except BaseException:
+        note = "this traceback is expected if another worker died:"
+        print(f"Worker {args.process_id} stops; {note}", file=sys.stderr)
         traceback.print_exc()
-        os._exit(1)  # an orderly exit would wait for the others, and they for this one
+        os._exit(1)  # an orderly exit would wait for workers that wait for this one
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Strict settings for every test: what a careful user might have switched on."""
+"""Run every test under the strict settings that a careful user might switch on."""
 
 import jax
 import jaxtyping
@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from hypothesis import settings
 
-# The same examples in each run: no landing depends on luck. Look for new ones with
+# The default profile draws the same examples in each run, so that no run fails by
+# chance. Search for new ones with
 # `pytest tests/core/test_properties.py --hypothesis-profile=search`.
 settings.register_profile("fixed", derandomize=True, max_examples=40, deadline=None)
 settings.register_profile("search", max_examples=2000, deadline=None)
@@ -30,14 +31,14 @@ def x64():
 
 @pytest.fixture
 def standard_promotion():
-    """Flax adds bfloat16 to float32 and asks nobody."""
+    """Allow implicit promotion: Flax adds bfloat16 to float32."""
     with jax.numpy_dtype_promotion("standard"):
         yield
 
 
 @pytest.fixture
 def any_rank():
-    """For code that broadcasts rows with vectors, as examples do."""
+    """Allow arrays to broadcast with vectors, as the examples do."""
     with jax.numpy_rank_promotion("allow"):
         yield
 

@@ -1,11 +1,11 @@
-"""Run Flax's own tests with jaxbn's BatchNorm in the place of Flax's.
+"""Run Flax's own tests with jaxbn's BatchNorm instead of Flax's.
 
     python tests/flax_suite.py
 
-takes the tests from PyPI's sdist of the installed Flax and runs those that speak of
-BatchNorm with our class; if any fails, again with Flax's: every test must end alike. It
-is also the pytest plugin that puts our classes there, and counts the tests that build
-one.
+downloads the tests in the sdist of the installed Flax from PyPI, and runs the tests
+that mention BatchNorm with jaxbn's class; if any fails, again with Flax's: every test
+must have the same outcome. This file is also the pytest plugin that replaces the
+classes, and counts the tests that build one.
 """
 
 import ast
@@ -33,13 +33,13 @@ instances = Counter()
 
 
 def pytest_configure():
-    """Put our classes under Flax's names, where the environment says so."""
-    for ours, *homes in (
+    """Put jaxbn's classes under Flax's names if the environment asks for it."""
+    for layer, *homes in (
         (jaxbn.linen.BatchNorm, flax.linen, flax.linen.normalization),
         (jaxbn.nnx.BatchNorm, flax.nnx, flax.nnx.nn.normalization),
     ):
         for home in homes if SWITCH in os.environ else ():
-            setattr(home, "BatchNorm", ours)  # noqa: B010
+            setattr(home, "BatchNorm", layer)  # noqa: B010
         count_instances(homes[0].BatchNorm)
 
 
@@ -54,19 +54,19 @@ def count_instances(layer):
 
 
 def pytest_collection_modifyitems(config, items):
-    """Keep the tests that speak of BatchNorm, or whose file has models that do."""
+    """Keep the tests that mention BatchNorm, or whose file has models that do."""
     kept = [
         item
         for item in items
         if "BatchNorm" in inspect.getsource(item.function)
-        or models_speak_of_it(item.path)
+        or models_mention_it(item.path)
     ]
     config.hook.pytest_deselected(items=[item for item in items if item not in kept])
     items[:] = kept
 
 
 @cache
-def models_speak_of_it(path):
+def models_mention_it(path):
     source = path.read_text()
     return any(
         "BatchNorm" in (ast.get_source_segment(source, node) or "")
@@ -86,7 +86,7 @@ def pytest_runtest_call(item):
 
 
 def download(folder: Path) -> Path:
-    """The sdist of the installed Flax, its tests and their settings only."""
+    """Download the sdist of the installed Flax, and return its folder."""
     wanted = f"flax=={version('flax')}"
     pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"]
     subprocess.run([*pip, "--no-binary=flax", "-d", folder, wanted], check=True)
@@ -99,7 +99,7 @@ def download(folder: Path) -> Path:
 
 
 def outcomes(root: Path, files: list[Path], with_jaxbn: bool) -> dict:
-    """How each test ended, and whether it built a BatchNorm."""
+    """Return the outcome of each test, and whether it built a BatchNorm."""
     report = root / "report.xml"
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent)}
     if with_jaxbn:
@@ -111,7 +111,7 @@ def outcomes(root: Path, files: list[Path], with_jaxbn: bool) -> dict:
         ],
         cwd=root,
         env=environment,
-        check=False,  # what fails with Flax's own class may fail with ours
+        check=False,  # a test may fail with Flax's class too
     )
     return {
         (case.get("classname"), case.get("name")): (
@@ -123,22 +123,26 @@ def outcomes(root: Path, files: list[Path], with_jaxbn: bool) -> dict:
 
 
 def main() -> None:
-    """Fail where our class changes how a test ends, or where no test builds one."""
+    """Fail if jaxbn's class changes an outcome, or if no test builds one."""
     with tempfile.TemporaryDirectory() as folder:
         root = download(Path(folder))
         files = sorted((root / "tests").rglob("*_test.py"))
         files = [f for f in files if "BatchNorm" in f.read_text()]
-        ours = outcomes(root, files, with_jaxbn=True)
-        fine = all(outcome in ("passed", "skipped") for outcome, _ in ours.values())
-        theirs = ours if fine else outcomes(root, files, with_jaxbn=False)
-    built = sum(uses for _, uses in ours.values())
-    changed = {t: (theirs.get(t), ours[t]) for t in ours if theirs.get(t) != ours[t]}
+        actual = outcomes(root, files, with_jaxbn=True)
+        fine = all(outcome in ("passed", "skipped") for outcome, _ in actual.values())
+        expected = actual if fine else outcomes(root, files, with_jaxbn=False)
+    built = sum(uses for _, uses in actual.values())
+    changed = {
+        test: (expected.get(test), outcome)
+        for test, outcome in actual.items()
+        if expected.get(test) != outcome
+    }
     for test, (before, after) in changed.items():
         print("DIFFERS", "::".join(test), before, after)
-    print(f"flax {version('flax')}: {len(ours)} tests, {built} build a BatchNorm")
-    print("with jaxbn's class:", Counter(outcome for outcome, _ in ours.values()))
-    if changed or theirs.keys() != ours.keys() or not built:
-        sys.exit("The tests end otherwise than with Flax's class, or none was run.")
+    print(f"flax {version('flax')}: {len(actual)} tests, {built} build a BatchNorm")
+    print("with jaxbn's class:", Counter(outcome for outcome, _ in actual.values()))
+    if changed or expected.keys() != actual.keys() or not built:
+        sys.exit("Outcomes differ from Flax's class, or no test was run.")
 
 
 if __name__ == "__main__":

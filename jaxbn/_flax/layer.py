@@ -1,111 +1,126 @@
-"""Flax's conventions in jaxbn's terms: what the linen and the nnx layer share.
+"""From a layer's call, by Flax's conventions, to `batch_norm`.
 
-It needs no Flax. The layers keep variables and metadata as Flax does, and call here.
+The layers keep their variables and metadata as Flax does, and call here.
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Protocol, runtime_checkable
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 from jax.typing import ArrayLike, DTypeLike
 
-from .._core.axes import Axes
-from .._core.batch_norm import Options, apply
-from .._core.checks import check_axis, check_mask
+from .._core.axes import Axes, check_axis
+from .._core.batch_norm import batch_norm
 from .._core.dtypes import accumulation_dtype
-from .._core.variables import BatchNormParams, BatchNormState
-from .._inference.population import Tally, add, cast, statistics, tally
-from .._inference.population_checks import check_layers, check_same_features
+from .._core.options import Autodiff
+from .._core.sync import Groups, check_groups
+from .._core.variables import AnyParams, BatchNormState
+
+AxisNames = str | Sequence[str]
+IndexGroups = Sequence[Sequence[int]] | np.ndarray
+
+
+@runtime_checkable
+class Layer(Protocol):
+    """The options that linen's and nnx's layers name alike."""
+
+    @property
+    def axis(self) -> int | Sequence[int]:
+        """The feature axis or axes."""
+        ...
+
+    @property
+    def momentum(self) -> float | None:
+        """The share that the running statistics keep."""
+        ...
+
+    @property
+    def epsilon(self) -> float:
+        """Added to the variance."""
+        ...
+
+    @property
+    def axis_index_groups(self) -> IndexGroups | None:
+        """The groups of axis indices that share statistics."""
+        ...
+
+
+def call_batch_norm(
+    layer: Layer,
+    params: AnyParams,
+    state: BatchNormState,
+    x: Array,
+    *,
+    train: bool,
+    mask: ArrayLike | None,
+    axis_name: AxisNames | None,
+    dtype: DTypeLike,
+    unbiased: bool,
+    autodiff: Autodiff,
+) -> tuple[Array, BatchNormState]:
+    """Call `batch_norm` with the options of a layer.
+
+    Options without an effect are dropped, as in Flax: mask, axis name and groups at
+    inference, and groups without an axis name.
+    """
+    if not train:
+        mask = axis_name = None
+    return batch_norm(
+        params,
+        state,
+        x,
+        train,
+        axis=ascending_axes(layer.axis, x.ndim),
+        momentum=layer.momentum,
+        epsilon=layer.epsilon,
+        unbiased=unbiased,
+        mask=flax_mask(mask),
+        axis_name=axis_name,
+        axis_index_groups=index_groups(layer, axis_name),
+        dtype=dtype,
+        autodiff=autodiff,
+    )
+
+
+def index_groups(layer: Layer, axis_name: AxisNames | None) -> Groups | None:
+    """Return the layer's groups, which may be a NumPy array; none without an axis."""
+    groups = layer.axis_index_groups
+    if axis_name is None:
+        return None
+    groups = groups.tolist() if isinstance(groups, np.ndarray) else groups
+    return check_groups(groups, axis_name)
 
 
 def ascending_axes(axis: int | Sequence[int], ndim: int) -> Axes:
-    """The feature axes in the order in which Flax lays out its variables."""
+    """Return the feature axes in the order of the axes of Flax's variables."""
     return tuple(sorted(check_axis(axis, ndim)))
 
 
 def as_inexact(x: ArrayLike) -> Array:
-    """`x` itself, or in float32 where it holds integers: Flax takes those too."""
+    """Convert integers to float32, as Flax does."""
     x = jnp.asarray(x)
-    return (
-        x
-        if jnp.issubdtype(x.dtype, jnp.inexact)
-        else x.astype(accumulation_dtype(x.dtype))
-    )
+    if jnp.issubdtype(x.dtype, jnp.inexact):
+        return x
+    return x.astype(accumulation_dtype(x.dtype))
 
 
-def as_weights(mask: ArrayLike | None) -> Array | None:
-    """`mask` with integers as bools, as Flax reads them: 2 counts once."""
+def flax_mask(mask: ArrayLike | None) -> Array | None:
+    """Convert integers to bools, as Flax does: 2 counts once."""
     if mask is None:
         return None
     mask = jnp.asarray(mask)
     return mask if jnp.issubdtype(mask.dtype, jnp.inexact) else mask.astype(bool)
 
 
-def state_of(mean: Array, var: Array, count: Array | None = None) -> BatchNormState:
-    """The state that a layer's variables hold: mostly without a count of batches."""
+def make_state(mean: Array, var: Array, count: Array | None = None) -> BatchNormState:
+    """Make a state of a layer's variables; most layers have no count of batches."""
     return BatchNormState(mean, var, jnp.int32(0) if count is None else count)
 
 
-def normalize_with(
-    layer: Any,
-    params: BatchNormParams,
-    state: BatchNormState,
-    x: Array,
-    *,
-    train: bool,
-    mask: ArrayLike | None,
-    axis_name: str | Sequence[str] | None,
-    dtype: DTypeLike,
-    unbiased: bool,
-    autodiff: str,
-) -> tuple[Array, BatchNormState]:
-    """`batch_norm`, with the options that linen's and nnx's layers name alike.
-
-    What has no meaning where it stands is dropped, as Flax drops it: mask, axis and
-    groups at inference, and groups without an axis.
-    """
-    if not train:
-        mask = axis_name = None
-    options = Options(
-        train=train,
-        axis=ascending_axes(layer.axis, x.ndim),
-        momentum=layer.momentum,
-        epsilon=layer.epsilon,
-        unbiased=unbiased,
-        axis_name=axis_name,
-        axis_index_groups=None if axis_name is None else layer.axis_index_groups,
-        dtype=dtype,
-        autodiff=autodiff,
-        # One row has a variance, of 0, where it need not be unbiased.
-        idle_count=1 if unbiased else 0,
-    )
-    return apply(params, state, x, as_weights(mask), options)
-
-
-def absorb_call(
-    old: Tally, layer: Any, x: Array, mask: ArrayLike | None, axis_name: Any
-) -> Tally:
-    """A layer's tally after one more call."""
-    weights = as_weights(mask)
-    new = tally(
-        x,
-        None if weights is None else check_mask(weights, x.shape),
-        ascending_axes(layer.axis, x.ndim),
-        axis_name,
-        None if axis_name is None else layer.axis_index_groups,
-    )
-    check_same_features(new.mean.shape, old.mean.shape)
-    dtype = accumulation_dtype(
-        old.mean.dtype, new.mean.dtype
-    )  # complex, after the first such x
-    return add(cast(old, dtype), cast(new, dtype))
-
-
-def mapped_names(axis_name: Any) -> tuple[str, ...] | None:
-    """Those of the names that are mapped here, as by a `vmap` inside the model."""
+def mapped_names(axis_name: AxisNames | None) -> tuple[str, ...] | None:
+    """Return the names that are mapped here, for instance by a `vmap` in the model."""
     names = (axis_name,) if isinstance(axis_name, str) else tuple(axis_name or ())
     return tuple(filter(_is_mapped, names)) or None
 
@@ -116,40 +131,3 @@ def _is_mapped(name: str) -> bool:
     except NameError:
         return False
     return True
-
-
-def recomputed(
-    totals: dict[str, Tally], stats: dict[str, dict[str, Array]], variance: str
-) -> dict[str, dict[str, Array]]:
-    """New statistics, by name, of the layers that had a row in some batch."""
-    reached = [name for name, total in totals.items() if np.any(total.count > 0)]
-    check_layers(reached, "a batch norm layer that the batches reach")
-    return {
-        name: _recomputed(name, totals[name], stats[name], variance) for name in reached
-    }
-
-
-def _recomputed(
-    name: str, total: Tally, stats: dict[str, Array], variance: str
-) -> dict[str, Array]:
-    mean, var = statistics(f"layer {name!r}", total, variance)
-    new = {"mean": mean, "var": var}
-    for key, value in new.items():
-        # A channel that never had a row stays as it was.
-        old = np.asarray(stats[key]).astype(np.result_type(value, np.float64))
-        new[key] = np.where(total.count > 0, value, old)
-    if "count" in stats:
-        stacked = np.shape(stats["count"])
-        new["count"] = np.asarray(total.batches.reshape(*stacked, -1).max(-1))
-    return {key: _as_stored(value, stats[key]) for key, value in new.items()}
-
-
-def _as_stored(value: np.ndarray, old: Array) -> Array:
-    """`value` in the dtype and in the place of `old`; a complex mean stays complex."""
-    dtype = (
-        accumulation_dtype(old.dtype, jnp.complex64)
-        if np.iscomplexobj(value)
-        else old.dtype
-    )
-    sharding = old.sharding if getattr(old, "committed", False) else None
-    return jax.device_put(jnp.asarray(value, dtype), sharding)

@@ -1,29 +1,36 @@
-"""The layer for Flax linen, and what it computes, for Flax's own layers as well."""
+"""The layer for Flax linen, and its computation, which serves Flax's own layers too."""
 
 from collections.abc import Sequence
 from dataclasses import field
 from functools import partial
-from typing import Any
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from flax.linen.dtypes import canonicalize_dtype
+from flax.typing import Initializer
 from jax.typing import ArrayLike
 
-from .._core.variables import BatchNormParams
-from .._flax.layer import as_inexact, ascending_axes, normalize_with, state_of
+from .._core.variables import AnyParams, BatchNormParams
+from .._flax.layer import (
+    AxisNames,
+    as_inexact,
+    ascending_axes,
+    call_batch_norm,
+    make_state,
+)
 
 
 class BatchNorm(nn.BatchNorm):
-    r"""`flax.linen.BatchNorm`, field for field, computed as jaxbn does.
+    """Normalize as `flax.linen.BatchNorm` does, field for field, by `batch_norm`.
 
-    $$y = \frac{x - \mu}{\sqrt{\sigma^2 + \epsilon}} \cdot scale + bias$$
+        y = (x - μ) / √(σ² + ε) · scale + bias
 
     μ and σ² are the batch's, or the running ones with `use_running_average=True`.
     Fields, defaults and variables are Flax's, so that models and checkpoints work with
     either: `params` holds `scale` and `bias`, `batch_stats` holds `mean` and `var`, all
-    in the features' shape (in ascending order where `axis` names several axes).
+    in the features' shape (in ascending order if `axis` names several axes).
     Nothing is updated during `init`, and `axis_name` need not exist there, nor at
     inference.
 
@@ -33,25 +40,25 @@ class BatchNorm(nn.BatchNorm):
       batches with equal weight, and `batch_stats` holds a `count` of them beside
       `mean` and `var`. Variables without one count as no batch: the first replaces
       them. `momentum` and `epsilon` are Python numbers, never traced.
-    - `unbiased`: the running variance absorbs n/(n-1)·σ², as in the paper and PyTorch.
-      Keyword only; `False`, as in Flax, unless given.
+    - `unbiased`: `True` updates the running variance with n/(n-1)·σ², as in the paper
+      and PyTorch; the default, `False`, with σ², as in Flax. Keyword only.
     - `autodiff`: `"jax"` is for forward mode (`jax.jvp`, `jax.jacfwd`), which the
       closed form of the backward, `"custom_vjp"`, refuses. Keyword only.
     - `use_fast_variance`: accepted, and without effect: the variance is the stable one.
     - `force_float32_reductions`: `False` stores the statistics in `param_dtype`, as in
       Flax; sums are in float32 or wider either way.
 
-    **Arguments** of a call: `x` (integers are taken as float32), `use_running_average`,
-    and `mask`, which broadcasts to `x`: bool and integer masks leave out what is 0, a
-    floating one weighs (Flax would take it as a bool).
+    **Arguments** of a call: `x` (integers are converted to float32),
+    `use_running_average`, and `mask`, which broadcasts to `x`: bool and integer masks
+    leave out zeros, a floating mask holds weights (Flax would read it as a bool).
 
-    **Returns** y, in `dtype`, or in what `x`, `scale` and `bias` promote to.
+    **Returns** y, in `dtype`, or in the dtype that `x`, `scale` and `bias` promote to.
 
     **Raises** `ValueError` and `TypeError` as `jaxbn.batch_norm` does, while tracing.
 
-    Against Flax: the variance does not cancel for large means, masked statistics are
-    weighted by count over devices, an empty batch (or shard) leaves the running
-    statistics alone, and these keep their dtype under x64.
+    Differences from Flax: the variance does not cancel for large means, masked
+    statistics are weighted by count over devices, an empty batch (or shard) leaves the
+    running statistics unchanged, and these keep their dtype under x64.
 
     Source: Ioffe & Szegedy, [arXiv:1502.03167](https://arxiv.org/abs/1502.03167),
     Algorithms 1 and 2.
@@ -70,8 +77,9 @@ class BatchNorm(nn.BatchNorm):
 
     axis: int | Sequence[int] = -1  # pyright: ignore[reportIncompatibleVariableOverride]
     momentum: float | None = 0.99  # pyright: ignore[reportIncompatibleVariableOverride]
+    axis_name: str | Sequence[str] | None = None  # pyright: ignore[reportIncompatibleVariableOverride]
     unbiased: bool = field(default=False, kw_only=True)
-    autodiff: str = field(default="custom_vjp", kw_only=True)
+    autodiff: Literal["custom_vjp", "jax"] = field(default="custom_vjp", kw_only=True)
 
     @nn.compact
     def __call__(
@@ -82,7 +90,7 @@ class BatchNorm(nn.BatchNorm):
         mask: ArrayLike | None = None,
     ) -> jax.Array:
         """Normalize `x`; the arguments are explained at the class."""
-        return call(
+        return apply_layer(
             self,
             x,
             use_running_average,
@@ -92,20 +100,20 @@ class BatchNorm(nn.BatchNorm):
         )
 
 
-def call(
+def apply_layer(
     layer: nn.BatchNorm,
     x: ArrayLike,
     use_running_average: bool | None = None,
     *,
     mask: ArrayLike | None = None,
     unbiased: bool = False,
-    autodiff: str = "custom_vjp",
+    autodiff: Literal["custom_vjp", "jax"] = "custom_vjp",
 ) -> jax.Array:
-    """What `BatchNorm.__call__` does, for Flax's layers as for ours."""
+    """Apply a layer of Flax or jaxbn in the mode that it or its call names."""
     inference = nn.merge_param(
         "use_running_average", layer.use_running_average, use_running_average
     )
-    return compute(
+    return _apply_layer(
         layer,
         x,
         train=not inference,
@@ -116,25 +124,25 @@ def call(
     )
 
 
-def compute(
+def _apply_layer(
     layer: nn.BatchNorm,
     x: ArrayLike,
     *,
     train: bool,
     mask: ArrayLike | None,
-    axis_name: Any,
+    axis_name: AxisNames | None,
     unbiased: bool = False,
-    autodiff: str = "custom_vjp",
+    autodiff: Literal["custom_vjp", "jax"] = "custom_vjp",
 ) -> jax.Array:
-    """A call whose mode, and axis to synchronize over, are settled."""
+    """Apply a layer in this mode, synchronized over this axis."""
     initializing = layer.is_initializing()
     shape = tuple(jnp.shape(x)[a] for a in ascending_axes(layer.axis, jnp.ndim(x)))
-    stats = _stats(layer, shape, counted=initializing or train)
+    stats = _statistics(layer, shape, counted=initializing or train)
     params = _params(layer, shape)
-    y, state = normalize_with(
+    y, state = call_batch_norm(
         layer,
         params,
-        state_of(**{name: variable.value for name, variable in stats.items()}),
+        make_state(**{name: variable.value for name, variable in stats.items()}),
         as_inexact(x),
         train=train,
         mask=mask,
@@ -149,8 +157,10 @@ def compute(
     return y
 
 
-def _stats(layer: nn.BatchNorm, shape: tuple[int, ...], counted: bool) -> dict:
-    """The layer's variables; a `count` only where the average needs one."""
+def _statistics(
+    layer: nn.BatchNorm, shape: tuple[int, ...], counted: bool
+) -> dict[str, nn.Variable]:
+    """Return the layer's variables, with a `count` only if `momentum` is `None`."""
     dtype = jnp.float32 if layer.force_float32_reductions else layer.param_dtype
     variable = partial(layer.variable, "batch_stats")
     stats = {
@@ -162,8 +172,8 @@ def _stats(layer: nn.BatchNorm, shape: tuple[int, ...], counted: bool) -> dict:
     return stats
 
 
-def _params(layer: nn.BatchNorm, shape: tuple[int, ...]) -> BatchNormParams:
-    def param(name: str, used: bool, init: Any) -> jax.Array | None:
+def _params(layer: nn.BatchNorm, shape: tuple[int, ...]) -> AnyParams:
+    def param(name: str, used: bool, init: Initializer) -> jax.Array | None:
         if not used:
             return None
         value = layer.param(name, init, shape, layer.param_dtype)

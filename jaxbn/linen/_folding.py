@@ -1,58 +1,66 @@
-"""Folding for linen: a variable tree without batch norm, and the model as it was."""
+"""Folding for linen: a variable tree without batch norm, for an unchanged model."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from inspect import unwrap
-from typing import Any
 
 import jax.numpy as jnp
 from flax import linen as nn
 from flax.core import meta
 from flax.traverse_util import flatten_dict, unflatten_dict
+from jax import Array
+from jax.typing import ArrayLike
+from jaxtyping import PyTree
 
 from .._core.variables import BatchNormParams, BatchNormState
+from .._flax.folding import (
+    add_layer_note,
+    check_has_batch_norm,
+    check_not_empty,
+    check_path_exists,
+)
+from .._flax.paths import Path, PathKey
 from .._inference.folding import fold as fold_layer
-from .._inference.folding_checks import check_some, check_there, naming
 from ._batch_norm import BatchNorm
+from ._intercept import NextCall, intercept_calls
+from ._tree import STATISTICS, batch_norm_paths, find_path, paths_with
 
-Path = tuple[str, ...]
 LAYERS = (nn.Dense, nn.DenseGeneral, nn.Conv, nn.ConvLocal, nn.ConvTranspose)
-NORM = (
+NORMS = (nn.BatchNorm, BatchNorm)
+NORM_VARIABLES = (
     ("params", "scale"),
     ("params", "bias"),
-    ("batch_stats", "mean"),
-    ("batch_stats", "var"),
-    ("batch_stats", "count"),
+    *(("batch_stats", name) for name in STATISTICS),
 )
 
 
 def fold(
-    variables: Mapping[str, Any],
-    pairs: Mapping[Any, str | Path],
+    variables: Mapping[str, PyTree],
+    pairs: Mapping[PathKey, str | Path],
     *,
     epsilon: float = 1e-5,
     axis: int | Sequence[int] = -1,
-) -> dict[str, Any]:
+) -> dict[str, PyTree]:
     """Fold batch norms of a linen model into the layers before them, by their paths.
 
     **Arguments**
 
     - `variables`: of the model, `params` and `batch_stats`.
-    - `pairs`: `{layer: norm}`, paths in the tree as `"Block_0/Conv_0"` or as tuples.
-      The model must call the norm, and nothing else, on the layer's output, and call
-      the layer once: the tree does not show it. Fold layers whose `epsilon` or `axis`
-      differ one after the other.
+    - `pairs`: `{layer: norm}`, paths in the tree as `"Block_0/Conv_0"`, as
+      `"Block_0.Conv_0"` or as tuples. The model must call the norm, and nothing else,
+      on the layer's output, and call the layer once: the tree does not show it. Fold
+      layers whose `epsilon` or `axis` differ one after the other.
     - `epsilon`: of these batch norms.
     - `axis`: of the features in these kernels, as in `jaxbn.fold`.
 
-    **Returns** new variables as nested dicts, those of a model that has no such batch
-    norms and whose layers have a bias. Apply them to such a model, or to the one at
-    hand within `skip_folded()`; outside of it Flax reports that the statistics are
-    missing. Kernel and bias are in float32 or wider; where the layer has a `dtype` it
-    still computes in it, and so rounds y to it. A new bias has the norm's features:
-    for a `ConvLocal` or `DenseGeneral` of your own that wants more axes, broadcast it.
+    **Returns** new variables as nested dicts: the variables of a model without these
+    batch norms, whose layers have a bias. Apply them to such a model, or to the
+    original model within `skip_folded()`; outside of it Flax reports that the
+    statistics are missing. Kernel and bias are in float32 or wider; a layer that has a
+    `dtype` still computes in it, and so rounds y to it. A new bias has the norm's
+    features: for a new `ConvLocal` or `DenseGeneral`, whose bias has more axes,
+    broadcast it.
 
-    **Raises** `ValueError` for paths that are not there, for variables without batch
+    **Raises** `ValueError` for paths that do not exist, for variables without batch
     norm, and as `jaxbn.fold` does. `variables` are never changed.
 
     >>> import flax.linen as nn, jax, jax.numpy as jnp, jaxbn.linen
@@ -67,35 +75,44 @@ def fold(
     >>> jnp.allclose(y, model.apply(variables, x), atol=1e-6)
     Array(True, dtype=bool)
     """
-    check_some(pairs)
-    tree: dict[Path, Any] = flatten_dict(dict(variables))
+    check_not_empty(pairs)
+    layers = paths_with(variables.get("params", {}), "kernel")
+    norms = batch_norm_paths(variables.get("batch_stats", {}))
+    check_has_batch_norm(norms, "pairs must name batch norms of the model. There are:")
+    tree: dict[Path, PyTree] = flatten_dict(dict(variables))
     folded = dict(tree)
-    for layer, norm in ((_parts(a), _parts(b)) for a, b in pairs.items()):
-        check_there(layer, "layers with a kernel", _having(tree, "params", "kernel"))
-        check_there(norm, "batch norms", _having(tree, "batch_stats", "var"))
-        with naming("/".join(layer), "/".join(norm)):
-            parts = _fold_pair(tree, layer, norm, epsilon=epsilon, axis=axis)
-        folded.update(parts)
-        for collection, name in NORM:
+    for layer, norm in pairs.items():
+        layer, norm = find_path(layer, layers), find_path(norm, norms)
+        check_path_exists(layer, "layers with a kernel", layers)
+        check_path_exists(norm, "batch norms", norms)
+        with add_layer_note(layer, norm):
+            folded |= _fold_pair(tree, layer, norm, epsilon, axis)
+        for collection, name in NORM_VARIABLES:
             folded.pop((collection, *norm, name), None)
     return unflatten_dict(folded)
 
 
 def _fold_pair(
-    tree: dict[Path, Any], layer: Path, norm: Path, **options: Any
-) -> dict[Path, Any]:
-    """The layer's new kernel and bias by their paths, boxed as they were."""
-    paths = [("params", *layer, name) for name in ("kernel", "bias")]
+    tree: Mapping[Path, PyTree],
+    layer: Path,
+    norm: Path,
+    epsilon: float,
+    axis: int | Sequence[int],
+) -> dict[Path, PyTree]:
+    """Return the layer's new kernel and bias by their paths, boxed as before."""
+    paths: list[Path] = [("params", *layer, name) for name in ("kernel", "bias")]
     kernel, bias = (tree.get(path) for path in paths)
     scale, shift, mean, var, _ = (
-        meta.unbox(tree.get((collection, *norm, name))) for collection, name in NORM
+        meta.unbox(tree.get((collection, *norm, name)))
+        for collection, name in NORM_VARIABLES
     )
     values = fold_layer(
         meta.unbox(kernel),
         meta.unbox(bias),
         BatchNormParams(scale, shift),
         BatchNormState(mean, var, jnp.int32(0)),
-        **options,
+        epsilon=epsilon,
+        axis=axis,
     )
     return {
         path: value if box is None else meta.replace_boxed(box, value)
@@ -103,47 +120,40 @@ def _fold_pair(
     }
 
 
-def _having(tree: dict[Path, Any], collection: str, name: str) -> list[Path]:
-    """The paths below `collection` that have a variable of this name."""
-    return [p[1:-1] for p in tree if (p[0], p[-1]) == (collection, name)]
-
-
-def _parts(path: str | Path) -> Path:
-    return tuple(path.split("/")) if isinstance(path, str) else tuple(path)
-
-
 @contextmanager
 def skip_folded() -> Iterator[None]:
-    """Apply variables from `fold` to the model they came from.
+    """Apply variables from `fold` to the original model.
 
-    A context manager, and a decorator; it acts on what is traced in this thread while
-    it is entered. A `BatchNorm` without variables returns its input, and a layer with
-    `use_bias=False` adds the bias it finds. All others, and `init`, are as ever.
-    With `replace_batch_norm`, enter that one last.
+    A context manager, and a decorator; it acts on all code that is traced in this
+    thread while it is entered. A `BatchNorm` without variables returns its input, and a
+    layer with `use_bias=False` adds the bias that it finds. All other layers, and
+    `init`, are unchanged. With `replace_batch_norm`, enter `replace_batch_norm` last.
 
-    Source: Flax's own mechanism for this, `flax.linen.intercept_methods`.
+    Source: `flax.linen.intercept_methods`, Flax's own mechanism for this purpose.
     """
-    # By function, not by class: so also where a subclass calls it through super.
-    norms = {unwrap(norm.__call__) for norm in (nn.BatchNorm, BatchNorm)}
-    layers = {unwrap(layer.__call__) for layer in LAYERS}
-
-    def interceptor(next_fun: Any, args: Any, kwargs: Any, context: Any) -> Any:
-        module, called = context.module, unwrap(context.orig_method.func)
-        if called in norms and _is_folded(module):
-            return args[0] if args else kwargs["x"]
-        y = next_fun(*args, **kwargs)
-        if called in layers and not module.use_bias and _has(module, "params", "bias"):
-            bias = module.get_variable("params", "bias").astype(y.dtype)
-            y = y + bias.reshape((1,) * (y.ndim - bias.ndim) + bias.shape)
-        return y
-
-    with nn.intercept_methods(interceptor):
+    with intercept_calls(NORMS, _skip_norm), intercept_calls(LAYERS, _add_bias):
         yield
 
 
-def _is_folded(norm: nn.Module) -> bool:
-    return not (norm.is_initializing() or _has(norm, "batch_stats", "var"))
+def _skip_norm(
+    next_call: NextCall,
+    norm: nn.Module,
+    x: ArrayLike,
+    *args: PyTree,
+    **kwargs: PyTree,
+) -> ArrayLike:
+    """Return the input of a batch norm without variables."""
+    if norm.is_initializing() or norm.has_variable("batch_stats", "var"):
+        return next_call(x, *args, **kwargs)
+    return x
 
 
-def _has(module: nn.Module, collection: str, name: str) -> bool:
-    return module.has_variable(collection, name)
+def _add_bias(
+    next_call: NextCall, layer: nn.Module, *args: PyTree, **kwargs: PyTree
+) -> Array:
+    """Add the bias that `fold` gave to a layer without one."""
+    y = next_call(*args, **kwargs)
+    if layer.use_bias or not layer.has_variable("params", "bias"):
+        return y
+    bias = layer.get_variable("params", "bias").astype(y.dtype)
+    return y + bias.reshape((1,) * (y.ndim - bias.ndim) + bias.shape)

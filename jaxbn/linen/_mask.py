@@ -1,30 +1,31 @@
 """Fine-tuning a linen model whose batch norms stay as they are."""
 
 from collections.abc import Mapping
-from typing import Any
 
 import jax
-from flax.traverse_util import flatten_dict
-from jax.tree_util import DictKey
+from jax.tree_util import DictKey, KeyPath
+from jaxtyping import PyTree
 
-from .._inference.folding_checks import check_has_batch_norm
+from .._flax.folding import check_has_batch_norm
+from ._tree import batch_norm_paths
 
 
-def batch_norm_mask(variables: Mapping[str, Any]) -> Any:
-    """Which of a linen model's parameters belong to batch norms: a mask for optax.
+def batch_norm_mask(variables: Mapping[str, PyTree]) -> PyTree:
+    """Mark the batch norms' parameters in a linen model: a mask for optax.
 
     Three things can be frozen. The statistics: call the layers with
-    `use_running_average=True` while training, and pass `mutable=["batch_stats"]` no
-    longer. y is then affine in x, and so is the gradient that reaches scale, bias and
-    what is before. Scale and bias: give them no update, by this mask. With both frozen
-    nothing of the layer moves. To keep weight decay off them is the mask's other use.
+    `use_running_average=True` while training, and no longer pass
+    `mutable=["batch_stats"]`. y is then affine in x, and so is the gradient that
+    reaches scale, bias and the layers before. Scale and bias: give them no update, by
+    this mask. With both frozen the layer is constant. The mask's other use is to keep
+    weight decay off scale and bias.
 
     **Arguments**: `variables` of the model, `params` and `batch_stats`.
 
     **Returns** a tree like `variables["params"]`: `True` at `scale` and `bias` of each
     module that has a `mean` and a `var` among its statistics, `False` elsewhere.
 
-    **Raises** `ValueError` where there is no batch norm.
+    **Raises** `ValueError` if there is no batch norm.
 
     >>> import flax.linen as nn, jax, jax.numpy as jnp, jaxbn.linen, optax
     >>> model = nn.Sequential([nn.Dense(2), nn.BatchNorm(True)])
@@ -33,15 +34,14 @@ def batch_norm_mask(variables: Mapping[str, Any]) -> Any:
     >>> mask
     {'layers_0': {'bias': False, 'kernel': False},
      'layers_1': {'bias': True, 'scale': True}}
-    >>> frozen = optax.chain(optax.adam(1e-3), optax.masked(optax.set_to_zero(), mask))
+    >>> frozen = optax.chain(optax.adam(1e-3), optax.transforms.freeze(mask))
     >>> others = jax.tree.map(lambda m: not m, mask)
-    >>> decay = optax.masked(optax.add_decayed_weights(1e-4), others)
+    >>> decay = optax.add_decayed_weights(1e-4, mask=others)
     """
-    stats = set(flatten_dict(dict(variables.get("batch_stats", {}))))
-    norms = {p[:-1] for p in stats if {(*p[:-1], "mean"), (*p[:-1], "var")} <= stats}
-    check_has_batch_norm(norms)
+    norms = set(batch_norm_paths(variables.get("batch_stats", {})))
+    check_has_batch_norm(norms, "the model must have a batch norm; found")
 
-    def is_of_norm(path: Any, _: Any) -> bool:
+    def is_of_norm(path: KeyPath, _: object) -> bool:
         # By the keys of dicts alone: a box around an array adds others.
         *module, name = (key.key for key in path if isinstance(key, DictKey))
         return tuple(module) in norms and name in ("scale", "bias")

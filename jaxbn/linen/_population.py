@@ -2,8 +2,6 @@
 
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
-from inspect import unwrap
-from typing import Any, Literal
 
 import jax
 from flax import linen as nn
@@ -11,49 +9,56 @@ from flax.core import FrozenDict, freeze, unfreeze
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax import Array
 from jax.typing import ArrayLike
+from jaxtyping import PyTree
 
-from .._flax.layer import absorb_call, as_inexact, mapped_names, recomputed
-from .._inference.population import Tally, no_tally, tallies
-from .._inference.population_checks import check_layers, check_variance
-from ._batch_norm import BatchNorm, compute
+from .._flax.folding import check_has_batch_norm
+from .._flax.layer import as_inexact, mapped_names
+from .._flax.paths import Path, join
+from .._flax.population import accumulate_call, new_statistics
+from .._inference.accumulator import Accumulator
+from .._inference.population import Variance, accumulate, check_variance
+from ._batch_norm import BatchNorm, _apply_layer
+from ._intercept import NextCall, intercept_calls
+from ._tree import STATISTICS, Variables, batch_norm_paths, paths_with
 
 
 def population(
     model: nn.Module,
-    variables: Mapping[str, Any],
-    batches: Iterable[Any],
+    variables: Mapping[str, PyTree],
+    batches: Iterable[PyTree],
     *,
-    variance: Literal["paper", "total"] | Any = "paper",
-    max_batches: int | Any | None = None,
-    call: Callable[..., Any] | None = None,
-    progress: Callable[[Iterable[Any]], Iterable[Any]] | None = None,
-) -> Any:
+    variance: Variance = "paper",
+    max_batches: int | None = None,
+    call: Callable[..., object] | None = None,
+    progress: Callable[[Iterable[PyTree]], Iterable[PyTree]] | None = None,
+) -> dict[str, PyTree] | FrozenDict[str, PyTree]:
     """Recompute the statistics of every batch norm layer, with the parameters fixed.
 
     For inference after training, with averaged weights (EMA, SWA), or on new data. In
     the pass each batch is normalized by its own statistics, in every layer, whatever
-    `use_running_average` the model passes; the formulae are at `jaxbn.population`.
+    `use_running_average` the model passes; the formulas are at `jaxbn.population`.
 
     **Arguments**
 
-    - `model`, `variables`: as for `model.apply`. Layers are Flax's, jaxbn's, and those
-      that inherit from either.
+    - `model`, `variables`: as for `model.apply`. Layers are Flax's, jaxbn's, and
+      layers of classes that inherit from either.
     - `batches`: an iterable of batches, each an array or a pytree of arrays. Sharded
-      ones give the statistics of the whole batch.
+      batches give the statistics of the whole batch.
     - `variance`, `max_batches`, `progress`: as in `jaxbn.population`.
-    - `call`: a function of the bound model and a batch, for models that want more than
-      the batch: `lambda model, batch: model(batch["image"], train=False)`. What it
-      returns is dropped. Compiled once for each shape of batch, and not again in later
-      calls with the same `model` and `call`.
+    - `call`: a function of the bound model and a batch, for models with more arguments
+      than the batch: `lambda model, batch: model(batch["image"], train=False)`. Its
+      return value is dropped. Compiled once for each shape of batch, and not again in
+      later calls with the same `model` and `call`.
 
-    **Returns** `variables` with new `mean` and `var` (and `count`, where a layer has
-    one: the batches absorbed) in `batch_stats`; all else is as it came, containers
-    included. A layer called several times takes each call for a batch. Masks of a call
-    count as in training. A layer that the pass does not reach keeps its statistics, and
-    so does a channel that never had a row. An `axis_name` is honoured where the model
-    itself maps it (`nn.vmap`), and ignored where the training step did.
+    **Returns** `variables` with new `mean` and `var` (and `count`, the number of
+    batches, where a layer has one) in `batch_stats`; all else is unchanged, containers
+    included. If a layer is called several times, each call counts as a batch. Masks of
+    a call have the same effect as in training. A layer that the pass does not reach
+    keeps its statistics, and so does a feature without an element in any batch. An
+    `axis_name` is used if the model itself maps it (`nn.vmap`), and ignored if the
+    training step did.
 
-    **Raises** `ValueError` where no batch norm layer is reached, and as
+    **Raises** `ValueError` if no batch norm layer is reached, and as
     `jaxbn.population` does; `variables` are never changed.
 
     >>> import flax.linen as nn, jax, jax.numpy as jnp, jaxbn.linen
@@ -65,81 +70,74 @@ def population(
     """
     check_variance(variance)
     stats = variables.get("batch_stats", {})
-    flat = flatten_dict(unfreeze(stats), keep_empty_nodes=True)
-    layers = _layers(flat)
-    check_layers(layers, "variables with batch_stats of a batch norm layer")
+    paths = {join(path): path for path in batch_norm_paths(stats)}
+    check_has_batch_norm(
+        paths, "population needs variables with batch_stats of a batch norm layer; got"
+    )
+    flat: dict[Path, PyTree] = flatten_dict(unfreeze(stats), keep_empty_nodes=True)
+    old = {name: _statistics(flat, path) for name, path in paths.items()}
     # Bound methods are hashed by the identity of their object: any model will do.
     measure = partial(_measure, model.apply, call, variables)
-    totals = tallies(measure, batches, max_batches, progress)
-    for name, new in recomputed(totals, layers, variance).items():
-        flat |= {(*_path(name), key): value for key, value in new.items()}
-    new_stats = unflatten_dict(flat)
-    new_stats = freeze(new_stats) if isinstance(stats, FrozenDict) else new_stats
-    new_variables = {**variables, "batch_stats": new_stats}
-    return freeze(new_variables) if isinstance(variables, FrozenDict) else new_variables
+    totals = accumulate(measure, batches, max_batches, progress)
+    for name, new in new_statistics(totals, old, variance).items():
+        flat |= {(*paths[name], key): value for key, value in new.items()}
+    new_stats = _frozen_like(stats, unflatten_dict(flat))
+    return _frozen_like(variables, {**variables, "batch_stats": new_stats})
 
 
-def _layers(flat: Mapping[Any, Any]) -> dict[str, dict[str, Array]]:
-    """By name, what `batch_stats` holds of whatever has a mean and a variance."""
-    paths = [path[:-1] for path in flat if path[-1] == "mean"]
-    return {
-        "/".join(path): {
-            key: flat[*path, key]
-            for key in ("mean", "var", "count")
-            if (*path, key) in flat
-        }
-        for path in paths
-        if (*path, "var") in flat
-    }
+def _statistics(flat: Mapping[Path, Array], path: Path) -> dict[str, Array]:
+    """Return the statistics of the layer at `path`, by name."""
+    return {name: flat[*path, name] for name in STATISTICS if (*path, name) in flat}
 
 
-def _path(name: str) -> tuple[str, ...]:
-    return tuple(name.split("/")) if name else ()
+def _frozen_like(
+    old: Variables, new: dict[str, PyTree]
+) -> dict[str, PyTree] | FrozenDict[str, PyTree]:
+    return freeze(new) if isinstance(old, FrozenDict) else new
 
 
 @partial(jax.jit, static_argnums=(0, 1))
 def _measure(
-    apply: Callable[..., Any], call: Any, variables: Any, batch: Any
-) -> dict[str, Tally]:
-    """One batch's tally of every layer.
+    apply: Callable[..., PyTree],
+    call: Callable[..., object] | None,
+    variables: Variables,
+    batch: PyTree,
+) -> dict[str, Accumulator]:
+    """Accumulate one batch in every layer.
 
-    The layers keep it in `batch_stats`, beside mean and var and in their shape, since a
-    lifted transformation (scan, vmap, remat) carries, splits and stacks it with them.
+    The accumulators are in `batch_stats`, beside mean and var and in the same shape,
+    since lifted transformations (scan, vmap, remat) carry, split and stack the three.
     """
-    flat: dict[Any, Any] = flatten_dict(unfreeze(variables["batch_stats"]))
-    for name, stats in _layers(flat).items():
-        flat[*_path(name), _TALLY] = no_tally(stats["mean"])
+    stats = variables["batch_stats"]
+    flat: dict[Path, PyTree] = flatten_dict(unfreeze(stats))
+    for path in batch_norm_paths(stats):
+        flat[*path, _ACCUMULATOR] = Accumulator.empty(flat[*path, "mean"])
     start = {**variables, "batch_stats": unflatten_dict(flat)}
-    with measuring(True), nn.intercept_methods(_interceptor):
+    kinds = (nn.BatchNorm, BatchNorm)
+    with measuring(True), intercept_calls(kinds, _accumulate_and_apply):
         _, updates = apply(start, batch, method=call, mutable=["batch_stats"])
     flat = flatten_dict(unfreeze(updates["batch_stats"]))
-    return {"/".join(p[:-1]): value for p, value in flat.items() if p[-1] == _TALLY}
+    paths = paths_with(updates["batch_stats"], _ACCUMULATOR)
+    return {join(path): flat[*path, _ACCUMULATOR] for path in paths}
 
 
-_TALLY = "tally"
-_CALLS = {unwrap(nn.BatchNorm.__call__), unwrap(BatchNorm.__call__)}
-# A part of the key of every jit cache: what was compiled without is not taken within.
+_ACCUMULATOR = "accumulator"
+# Part of the key of every jit cache: functions compiled outside are not reused inside.
 measuring = jax.make_user_context(False)
 
 
-def _interceptor(next_fun: Any, args: Any, kwargs: Any, context: Any) -> Any:
-    # By function, not by class: so also where a subclass calls it through super.
-    if unwrap(context.orig_method.func) in _CALLS:
-        return _measured(context.module, *args, **kwargs)
-    return next_fun(*args, **kwargs)
-
-
-def _measured(
+def _accumulate_and_apply(
+    next_call: NextCall,
     layer: nn.BatchNorm,
     x: ArrayLike,
     use_running_average: bool | None = None,
     *,
     mask: ArrayLike | None = None,
 ) -> Array:
-    """A call by the batch's own statistics, which the layer's tally takes in."""
-    del use_running_average
+    """Accumulate the input, and normalize it by its own statistics."""
+    del next_call, use_running_average
     axis_name = mapped_names(layer.axis_name)
-    old = layer.get_variable("batch_stats", _TALLY)
-    new = absorb_call(old, layer, as_inexact(x), mask, axis_name)
-    layer.put_variable("batch_stats", _TALLY, new)
-    return compute(layer, x, train=True, mask=mask, axis_name=axis_name)
+    old = layer.get_variable("batch_stats", _ACCUMULATOR)
+    new = accumulate_call(old, layer, as_inexact(x), mask, axis_name)
+    layer.put_variable("batch_stats", _ACCUMULATOR, new)
+    return _apply_layer(layer, x, train=True, mask=mask, axis_name=axis_name)

@@ -1,8 +1,8 @@
-"""The layer for Flax nnx, and how layers in a model are found and changed."""
+"""The layer for Flax nnx."""
 
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
-from typing import Any
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -10,16 +10,22 @@ from flax import nnx
 from flax.nnx.nn import dtypes
 from flax.typing import Initializer
 from jax.typing import ArrayLike, DTypeLike
+from jaxtyping import PyTree
 
-from .._core.checks import check_counted, check_running_average
 from .._core.variables import BatchNormParams
-from .._flax.layer import as_inexact, normalize_with, state_of
+from .._flax.layer import (
+    AxisNames,
+    as_inexact,
+    call_batch_norm,
+    make_state,
+)
+from ._graph import statistics
 
 
 class BatchNorm(nnx.BatchNorm):
-    r"""`flax.nnx.BatchNorm`, argument for argument, computed as jaxbn does.
+    """Normalize as `flax.nnx.BatchNorm` does, argument for argument, by `batch_norm`.
 
-    $$y = \frac{x - \mu}{\sqrt{\sigma^2 + \epsilon}} \cdot scale + bias$$
+        y = (x - μ) / √(σ² + ε) · scale + bias
 
     μ and σ² are the batch's, or the running ones with `use_running_average=True`
     (`model.eval()`, or `nnx.view`). Arguments, defaults and Variables are Flax's, so
@@ -32,26 +38,26 @@ class BatchNorm(nnx.BatchNorm):
     - `momentum`: may be `None`: the running statistics are then the average of all
       batches with equal weight, and a third `nnx.BatchStat`, `count`, counts them.
       `momentum` and `epsilon` are Python numbers, never traced.
-    - `unbiased`: the running variance absorbs n/(n-1)·σ², as in the paper and PyTorch.
-      `False`, as in Flax, unless given.
+    - `unbiased`: `True` updates the running variance with n/(n-1)·σ², as in the paper
+      and PyTorch; the default, `False`, with σ², as in Flax.
     - `autodiff`: `"jax"` is for forward mode (`jax.jvp`, `jax.jacfwd`), which the
       closed form of the backward, `"custom_vjp"`, refuses.
     - `use_fast_variance`: accepted, and without effect: the variance is the stable one.
-    - `promote_dtype`: decides the dtypes of `x`, `scale` and `bias`, as in Flax; what
-      it makes of the statistics is dropped, so that they are never rounded.
+    - `promote_dtype`: decides the dtypes of `x`, `scale` and `bias`, as in Flax; its
+      results for the statistics are dropped, so that they are never rounded.
 
-    **Arguments** of a call: `x` (integers are taken as float32), `use_running_average`,
-    and `mask`, which broadcasts to `x`: bool and integer masks leave out what is 0, a
-    floating one weighs.
+    **Arguments** of a call: `x` (integers are converted to float32),
+    `use_running_average`, and `mask`, which broadcasts to `x`: bool and integer masks
+    leave out zeros, a floating mask holds weights (Flax would read it as a bool).
 
-    **Returns** y, in `dtype`, or in what `x`, `scale` and `bias` promote to.
+    **Returns** y, in `dtype`, or in the dtype that `x`, `scale` and `bias` promote to.
 
     **Raises** `ValueError` and `TypeError` as `jaxbn.batch_norm` does, while tracing.
 
-    Against Flax: the variance does not cancel for large means, masked statistics are
-    weighted by count over devices, an empty batch (or shard) leaves the running
-    statistics alone, inference in bfloat16 does not round these, and the mean of
-    complex input stays complex.
+    Differences from Flax: the variance does not cancel for large means, masked
+    statistics are weighted by count over devices, an empty batch (or shard) leaves the
+    running statistics unchanged, inference in bfloat16 does not round these, and the
+    mean of complex input stays complex.
 
     Source: Ioffe & Szegedy, [arXiv:1502.03167](https://arxiv.org/abs/1502.03167),
     Algorithms 1 and 2.
@@ -66,10 +72,10 @@ class BatchNorm(nnx.BatchNorm):
     Array([0.2, 2. ], dtype=float32)
     """
 
-    # What Flax does not have. Here, so that a layer of Flax's that becomes one of ours
-    # needs nothing more, nor one that goes back less.
+    # The options that Flax's layer lacks. Defaults of the class, so that replacing the
+    # class of a layer is enough in both directions.
     unbiased: bool = False
-    autodiff: str = "custom_vjp"
+    autodiff: Literal["custom_vjp", "jax"] = "custom_vjp"
 
     def __init__(
         self,
@@ -86,14 +92,14 @@ class BatchNorm(nnx.BatchNorm):
         bias_init: Initializer = nnx.initializers.zeros_init(),  # noqa: B008
         scale_init: Initializer = nnx.initializers.ones_init(),  # noqa: B008
         axis_name: str | Sequence[str] | None = None,
-        axis_index_groups: Any = None,
+        axis_index_groups: Sequence[Sequence[int]] | None = None,
         use_fast_variance: bool = True,
-        promote_dtype: Callable[..., Any] = dtypes.promote_dtype,
+        promote_dtype: Callable[..., PyTree] = dtypes.promote_dtype,
         unbiased: bool = False,
-        autodiff: str = "custom_vjp",
+        autodiff: Literal["custom_vjp", "jax"] = "custom_vjp",
         rngs: nnx.Rngs,
-        bias_metadata: Mapping[str, Any] = MappingProxyType({}),
-        scale_metadata: Mapping[str, Any] = MappingProxyType({}),
+        bias_metadata: Mapping[str, object] = MappingProxyType({}),
+        scale_metadata: Mapping[str, object] = MappingProxyType({}),
     ):
         super().__init__(
             num_features,
@@ -132,21 +138,27 @@ class BatchNorm(nnx.BatchNorm):
         """Normalize `x`; the arguments are explained at the class."""
         if use_running_average is None:
             use_running_average = check_running_average(self.use_running_average)
-        return self._compute(
+        return self._apply_layer(
             x, train=not use_running_average, mask=mask, axis_name=self.axis_name
         )
 
-    def _compute(
-        self, x: ArrayLike, *, train: bool, mask: ArrayLike | None, axis_name: Any
+    def _apply_layer(
+        self,
+        x: ArrayLike,
+        *,
+        train: bool,
+        mask: ArrayLike | None,
+        axis_name: AxisNames | None,
     ) -> jax.Array:
-        """A call whose mode, and axis to synchronize over, are settled."""
-        stats = self._stats()
-        state = state_of(**{name: variable[...] for name, variable in stats.items()})
+        """Apply the layer in this mode, synchronized over this axis."""
+        stats = statistics(self)
+        check_counted(self.momentum, "count" in stats)
+        state = make_state(**{name: variable[...] for name, variable in stats.items()})
         params = [None if p is None else p[...] for p in (self.scale, self.bias)]
         x, _, _, *params = self.promote_dtype(
             (x, state.mean, state.var, *params), dtype=self.dtype
         )
-        y, new_state = normalize_with(
+        y, new_state = call_batch_norm(
             self,
             BatchNormParams(*params),
             state,
@@ -164,25 +176,21 @@ class BatchNorm(nnx.BatchNorm):
                 variable.set_value(jax.lax.stop_gradient(getattr(new_state, name)))
         return y
 
-    def _stats(self) -> dict[str, nnx.BatchStat]:
-        check_counted(self.momentum, hasattr(self, "count"))
-        names = ("mean", "var", "count")
-        return {name: getattr(self, name) for name in names if hasattr(self, name)}
+
+def check_running_average(use_running_average: bool | None) -> bool:
+    """Return the layer's own choice, for a call without one."""
+    if use_running_average is None:
+        raise ValueError(
+            "use_running_average must be given to the layer or to its call; got None "
+            "at both. Pass it to one of them, or call model.train() or model.eval()."
+        )
+    return use_running_average
 
 
-def set_class(layer: Any, kind: type) -> None:
-    """Change a layer's class alone, so that all who hold the layer hold the new one.
-
-    Past nnx's own `__setattr__`, which in Flax 0.12.8 notes the class as an attribute.
-    """
-    object.__setattr__(layer, "__class__", kind)
-
-
-def batch_norms(model: Any) -> dict[str, Any]:
-    """Flax's layers, ours and their subclasses by path, each once however shared."""
-    nodes = nnx.iter_graph(model, graph=True)
-    return {
-        "/".join(map(str, path)): node
-        for path, node in nodes
-        if isinstance(node, nnx.BatchNorm)
-    }
+def check_counted(momentum: float | None, counted: bool) -> None:
+    """Check that a layer that averages with equal weights counts its batches."""
+    if momentum is None and not counted:
+        raise ValueError(
+            "momentum=None needs the layer's count of batches; got a layer without "
+            "one. Build it with momentum=None, rather than change it afterwards."
+        )

@@ -1,56 +1,59 @@
-"""Folding for nnx: a copy of the model in which batch norms became nothing."""
+"""Folding for nnx: a copy of the model without the batch norms that were folded."""
 
 from collections.abc import Iterator, Mapping
-from functools import reduce
 from itertools import pairwise
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array
+from jax.typing import ArrayLike
 
 from .._core.variables import BatchNormParams, BatchNormState
-from .._inference.folding import fold as fold_layer
-from .._inference.folding_checks import (
-    check_kind,
-    check_last,
-    check_some,
-    computes_as,
-    naming,
-    unreachable,
+from .._flax.folding import (
+    add_layer_note,
+    check_axis_is_last,
+    check_foldable,
+    check_not_empty,
+    uses_call_of,
 )
+from .._flax.paths import Path, PathKey, split
+from .._inference.folding import fold as fold_layer
 from ._batch_norm import BatchNorm
+from ._graph import get, iterate, put
 
 Model = TypeVar("Model")
-Path = tuple[Any, ...]  # of names and indices
+Layer = nnx.Linear | nnx.LinearGeneral | nnx.Conv | nnx.ConvTranspose
 LAYERS = (nnx.Linear, nnx.LinearGeneral, nnx.Conv, nnx.ConvTranspose)
+NORMS = (nnx.BatchNorm, BatchNorm)
 
 
-def fold(model: Model, pairs: Mapping[Any, str | Path] | None = None) -> Model:
-    """A copy of an nnx model with batch norms folded into the layers before them.
+def fold(model: Model, pairs: Mapping[PathKey, str | Path] | None = None) -> Model:
+    """Fold batch norms into the layers before them, in a copy of an nnx model.
 
     **Arguments**
 
-    - `model`: a module, or lists, dicts and other pytrees of modules. It stays as it
-      is.
-    - `pairs`: `{layer: norm}`, their attribute paths, as `"blocks.0.conv"` or as
-      tuples. The model must call the norm, and nothing else, on the layer's output, and
-      call the layer at this path once: the modules do not show it. Without `pairs`:
-      every batch norm that directly follows a layer in an `nnx.Sequential`, wherever in
-      the model that is; other batch norms stay.
+    - `model`: a module, or lists, dicts and other pytrees of modules. It is not
+      changed.
+    - `pairs`: `{layer: norm}`, their attribute paths, as `"blocks/0/conv"`, as
+      `"blocks.0.conv"` or as tuples. The model must call the norm, and nothing else, on
+      the layer's output, and call the layer at this path once: the modules do not show
+      it. Without `pairs`: every batch norm that directly follows a layer in an
+      `nnx.Sequential`, wherever in the model that is; other batch norms stay.
 
     The layers are Flax's `Linear`, `LinearGeneral`, `Conv` and `ConvTranspose`, the
-    norms Flax's or ours.
+    norms Flax's or jaxbn's.
 
-    **Returns** the new model, for inference only. It has the same paths: where the
-    batch norm was is a module that returns its input. Each layer has a bias, and kernel
-    and bias in float32 or wider; a layer that has a `dtype` still computes in it, and
-    so rounds y to it. What else held a folded layer still holds an unfolded one.
+    **Returns** the new model, for inference only. It has the same paths: at the path of
+    a folded batch norm is a module that returns its input. Each layer has a bias, and
+    kernel and bias in float32 or wider; a layer that has a `dtype` still computes in
+    it, and so rounds y to it. At every other path, a layer that was folded at one path
+    is unfolded.
 
-    **Raises** `ValueError` where there is nothing to fold, for a path that is not
-    there, for a batch norm whose `axis` is not -1, and as `jaxbn.fold` does;
-    `TypeError` where `pairs` names other kinds of modules, among them those with a
-    `__call__` of their own.
+    **Raises** `ValueError` if there is nothing to fold, for a path that does not exist,
+    for a batch norm whose `axis` is not -1, and as `jaxbn.fold` does; `TypeError` if
+    `pairs` names other kinds of modules, among them subclasses with their own
+    `__call__`.
 
     >>> import jax, jax.numpy as jnp, jaxbn.nnx
     >>> from flax import nnx
@@ -63,53 +66,56 @@ def fold(model: Model, pairs: Mapping[Any, str | Path] | None = None) -> Model:
     >>> jnp.allclose(folded(x), model(x), atol=1e-6)
     Array(True, dtype=bool)
     >>> folded.layers[0].bias.shape, type(folded.layers[1]).__name__
-    ((3,), 'Folded')
+    ((3,), 'FoldedBatchNorm')
     """
     model = nnx.clone(model, graph=True)
     if pairs is None:
-        places = [*_in_sequentials(model)]
+        paths = [*_pairs_in_sequentials(model)]
     else:
-        places = [(_parts(layer), _parts(norm)) for layer, norm in pairs.items()]
-    check_some(places)
-    for layer, norm in places:
-        with naming(_name(layer), _name(norm)):
-            _put(model, layer, _folded(_get(model, layer), _get(model, norm)))
-    for _, norm in places:
-        _put(model, norm, Folded())
+        paths = [(split(layer), split(norm)) for layer, norm in pairs.items()]
+    check_not_empty(paths)
+    for layer, norm in paths:
+        with add_layer_note(layer, norm):
+            put(model, layer, _fold_pair(get(model, layer), get(model, norm)))
+    for _, norm in paths:
+        put(model, norm, FoldedBatchNorm())
     return model
 
 
-class Folded(nnx.Module):
-    """Where a batch norm was: returns its input, and takes a batch norm's arguments."""
+class FoldedBatchNorm(nnx.Module):
+    """Return the input, at the path of a batch norm that was folded."""
 
     def __call__(
-        self, x: Array, use_running_average: bool | None = None, *, mask: Any = None
+        self,
+        x: Array,
+        use_running_average: bool | None = None,
+        *,
+        mask: ArrayLike | None = None,
     ) -> Array:
-        """`x`, as it is."""
+        """Return `x`; the other arguments are a batch norm's, and have no effect."""
         return x
 
     def set_view(self, use_running_average: bool | None = None) -> None:
-        """For `nnx.view`: a batch norm's option, which says nothing here."""
+        """Accept a batch norm's option in `nnx.view`; it has no effect."""
 
 
-def _in_sequentials(model: Any) -> Iterator[tuple[Path, Path]]:
-    """The paths of each layer and of the batch norm next to it in an `nnx.Sequential`.
+def _pairs_in_sequentials(model: object) -> Iterator[tuple[Path, Path]]:
+    """Yield the paths of each layer and the batch norm after it in a Sequential.
 
-    One with a `__call__` of its own may do anything between them.
+    A Sequential with its own `__call__` is left out: it may call both in another way.
     """
-    for path, node in nnx.iter_graph(model, graph=True):
-        if isinstance(node, nnx.Sequential) and computes_as(node, (nnx.Sequential,)):
+    for path, node in iterate(model):
+        if isinstance(node, nnx.Sequential) and uses_call_of(node, (nnx.Sequential,)):
             for i, (layer, norm) in enumerate(pairwise(node.layers)):
-                if computes_as(layer, LAYERS) and computes_as(norm, _norms()):
+                if uses_call_of(layer, LAYERS) and uses_call_of(norm, NORMS):
                     yield (*path, "layers", i), (*path, "layers", i + 1)
 
 
-def _folded(layer: Any, norm: Any) -> Any:
-    """A copy of `layer` that does `norm` as well."""
-    check_kind(layer, LAYERS)
-    check_kind(norm, _norms())
-    check_last(norm.axis)
-    layer = nnx.clone(layer)
+def _fold_pair(layer: object, norm: object) -> Layer:
+    """Return a copy of `layer` that includes `norm`."""
+    layer = nnx.clone(check_foldable(layer, LAYERS))
+    norm = check_foldable(norm, NORMS)
+    check_axis_is_last(norm.axis)
     optional = (layer.bias, norm.scale, norm.bias)
     bias, scale, shift = (None if part is None else part[...] for part in optional)
     kernel, bias = fold_layer(
@@ -122,52 +128,14 @@ def _folded(layer: Any, norm: Any) -> Any:
     )
     layer.kernel.set_value(kernel)
     if layer.bias is None:
-        layer.bias, layer.use_bias = nnx.Param(_whole(layer, bias)), True
+        layer.bias, layer.use_bias = nnx.Param(_bias_for(layer, bias)), True
     else:
         layer.bias.set_value(bias)
     return layer
 
 
-def _whole(layer: Any, bias: Array) -> Array:
-    """A bias in the shape that `layer` wants: several axes for `LinearGeneral`."""
+def _bias_for(layer: Layer, bias: Array) -> Array:
+    """Broadcast a bias to the shape of the layer's: more axes for `LinearGeneral`."""
     if not isinstance(layer, nnx.LinearGeneral):
         return bias
     return jnp.broadcast_to(bias, (*layer.batch_axis.values(), *layer.out_features))
-
-
-def _norms() -> tuple[type, ...]:
-
-    return nnx.BatchNorm, BatchNorm
-
-
-def _parts(path: str | Path) -> Path:
-    return tuple(path.split(".")) if isinstance(path, str) else tuple(path)
-
-
-def _name(path: Path) -> str:
-    return ".".join(map(str, path))
-
-
-def _get(model: Any, path: Path) -> Any:
-    """What is at `path`, by attributes, and by items of lists and dicts."""
-    try:
-        return reduce(_child, path, model)
-    except (AttributeError, LookupError, ValueError) as error:
-        raise unreachable(_name(path), type(model).__name__) from error
-
-
-def _child(holder: Any, key: Any) -> Any:
-    if isinstance(holder, list | tuple):
-        return holder[int(key)]
-    return holder[key] if isinstance(holder, dict) else getattr(holder, str(key))
-
-
-def _put(model: Any, path: Path, value: Any) -> None:
-    """Put `value` at `path`, and only there."""
-    holder, key = _get(model, path[:-1]), path[-1]
-    if isinstance(holder, list):
-        holder[int(key)] = value
-    elif isinstance(holder, dict):
-        holder[key] = value
-    else:
-        setattr(holder, str(key), value)

@@ -1,19 +1,23 @@
-"""Compare trees of arrays, ours with Flax's, and differentiate all there is."""
+"""Compare trees of arrays, jaxbn's with Flax's, and differentiate all inputs."""
 
+from contextlib import contextmanager
+
+import chex
 import jax
 import jax.numpy as jnp
+import jaxtyping
 import numpy as np
 
 
 def randomize(rng, tree):
-    """Positive numbers, for there are variances among them."""
+    """Return positive random numbers of the same shapes: some are variances."""
     return jax.tree.map(
         lambda a: jnp.asarray(rng.uniform(0.5, 1.5, a.shape), a.dtype), tree
     )
 
 
 def everything(step, *arguments):
-    """The outputs and the gradients of everything, for the same random cotangents."""
+    """Return the outputs and all gradients, for the same random cotangents."""
     rng = np.random.default_rng(3)
     outputs, vjp = jax.vjp(step, *arguments)
     cotangents = jax.tree.map(
@@ -22,12 +26,25 @@ def everything(step, *arguments):
     return outputs, vjp(cotangents)
 
 
-def assert_same(ours, theirs, tolerance):
-    """Structure and dtypes alike, values to `tolerance` of the largest entry."""
-    assert jax.tree.structure(ours) == jax.tree.structure(theirs)
-    for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
-        assert (a.shape, a.dtype) == (b.shape, b.dtype)
-        wide = np.complex128 if jnp.iscomplexobj(b) else np.float64
-        a, b = np.asarray(a, wide), np.asarray(b, wide)
+def assert_same(actual, expected, tolerance):
+    """Compare structure and dtypes, and values to `tolerance` of the largest entry."""
+    chex.assert_trees_all_equal_structs(actual, expected)
+    chex.assert_trees_all_equal_shapes_and_dtypes(actual, expected)
+
+    def compare(a, b):
+        dtype = np.complex128 if jnp.iscomplexobj(b) else np.float64
+        a, b = np.asarray(a, dtype), np.asarray(b, dtype)
         atol = tolerance * max(np.abs(b).max(initial=0), 1e-2)
         np.testing.assert_allclose(a, b, rtol=0, atol=atol)
+
+    jax.tree.map(compare, actual, expected)
+
+
+@contextmanager
+def without_type_checker():
+    """Turn jaxtyping's checker off, which reports a wrong type before jaxbn does."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    try:
+        yield
+    finally:
+        jaxtyping.config.update("jaxtyping_disable", False)

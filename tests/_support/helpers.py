@@ -1,5 +1,11 @@
-"""Run jaxbn on a `Case` and compare with the oracle, in one way everywhere."""
+"""Run jaxbn on a `Case`, compare arrays, and inspect programs."""
 
+import math
+import re
+import subprocess
+import sys
+
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,28 +13,28 @@ from oracle import Case, Result
 
 import jaxbn
 
-# Relative to the largest entry of each array: sums of float32 rows round at the size
-# of the sum. Half precision rounds x, dy, y and dx once each.
+# Relative to the largest entry of each array, because sums of float32 elements round at
+# the size of the sum. Half precision rounds x, dy, y and dx once each.
 TOLERANCE = {"float64": 1e-11, "float32": 2e-5, "bfloat16": 2e-2, "float16": 3e-3}
 
 
 def rounded(case: Case, dtype) -> Case:
-    """The case as jaxbn gets it: x and dy in `dtype`, vectors in its wide dtype."""
-    wide = np.float64 if dtype == "float64" else np.float32
-    low = {
+    """Round x and dy of the case to `dtype`, and the vectors to float32 or float64."""
+    vector_dtype = np.float64 if dtype == "float64" else np.float32
+    arrays = {
         name: np.asarray(jnp.asarray(getattr(case, name), dtype))
         for name in ("x", "dy")
     }
-    high = {
-        name: np.asarray(getattr(case, name), wide)
+    vectors = {
+        name: np.asarray(getattr(case, name), vector_dtype)
         for name in ("scale", "bias", "mean", "var", "dmean", "dvar")
     }
-    return case._replace(**low, **high)
+    return case._replace(**arrays, **vectors)
 
 
 def run(case: Case, train=True, transform=jax.jit, **options) -> Result:
-    """All that jaxbn computes for the case: y, new statistics, every gradient."""
-    wide = jnp.asarray(case.mean).dtype
+    """Compute y, the new statistics and every gradient of the case by jaxbn."""
+    vector_dtype = jnp.asarray(case.mean).dtype
 
     def step(scale, bias, mean, var, x):
         params = jaxbn.BatchNormParams(scale, bias)
@@ -36,28 +42,75 @@ def run(case: Case, train=True, transform=jax.jit, **options) -> Result:
         y, new = jaxbn.batch_norm(params, state, x, train, **options)
         return y, new.mean, new.var
 
-    def everything(arguments, cotangents):
+    def outputs_and_gradients(arguments, cotangents):
         outputs, vjp = jax.vjp(step, *arguments)
         return outputs, vjp(cotangents)
 
     inputs = (case.scale, case.bias, case.mean, case.var, case.x)
     dy = jnp.asarray(case.dy).astype(options.get("dtype") or case.x.dtype)
-    cotangents = (dy, jnp.asarray(case.dmean, wide), jnp.asarray(case.dvar, wide))
-    outputs, gradients = transform(everything)(
-        tuple(map(jnp.asarray, inputs)), cotangents
+    dmean, dvar = (jnp.asarray(a, vector_dtype) for a in (case.dmean, case.dvar))
+    outputs, gradients = transform(outputs_and_gradients)(
+        tuple(map(jnp.asarray, inputs)), (dy, dmean, dvar)
     )
     dscale, dbias, dmean, dvar, dx = gradients
     y, mean, var = outputs
     return Result(y, mean, var, dx, dscale, dbias, dmean, dvar)
 
 
-def assert_close(actual, expected, tolerance):
-    """Each array of `expected` to `tolerance` of its own largest entry (or term)."""
+def assert_near(actual, expected, tolerance=1e-5, size=0.0, err_msg=""):
+    """Compare trees of arrays to `tolerance` of the largest entry in each array.
+
+    `size` is used if it is larger than the largest entry.
+    """
+    chex.assert_trees_all_equal_shapes(actual, expected)
+
+    def compare(got, want):
+        is_complex = np.iscomplexobj(got) or np.iscomplexobj(want)
+        dtype = np.complex128 if is_complex else np.float64
+        got, want = np.asarray(got, dtype), np.asarray(want, dtype)
+        atol = tolerance * max(np.abs(want).max(initial=size), 1e-30)
+        np.testing.assert_allclose(got, want, rtol=0, atol=atol, err_msg=err_msg)
+
+    jax.tree.map(compare, actual, expected)
+
+
+def assert_close(actual: Result, expected: Result, tolerance):
+    """Compare each field to `tolerance` of its largest entry or of `expected.sizes`."""
+    sizes = expected.sizes or {}
     for name in set(expected._fields) - {"sizes"}:
         got, want = getattr(actual, name), getattr(expected, name)
-        assert got.shape == want.shape, name
-        got, want = np.asarray(got, np.float64), np.asarray(want, np.float64)
-        size = np.abs(want).max(initial=(expected.sizes or {}).get(name, 0))
-        np.testing.assert_allclose(
-            got, want, rtol=0, atol=tolerance * max(size, 1e-30), err_msg=name
-        )
+        assert_near(got, want, tolerance, sizes.get(name, 0.0), err_msg=name)
+
+
+def saved_residuals(function, *primals) -> list[jax.Array]:
+    """Return the distinct arrays that the backward pass of `function` keeps."""
+    _, vjp = jax.vjp(function, *primals)
+    return list({id(a): a for a in jax.tree.leaves(vjp)}.values())
+
+
+def saved_bytes(function, *primals) -> int:
+    """Return the memory that the backward pass of `function` keeps."""
+    return sum(a.nbytes for a in saved_residuals(function, *primals))
+
+
+def run_script(script: str, **options) -> str:
+    """Run Python code in a new process and return its standard output."""
+    command = [sys.executable, "-c", script]
+    done = subprocess.run(
+        command, capture_output=True, text=True, check=True, **options
+    )
+    return done.stdout
+
+
+def collectives(function, *arguments) -> list[tuple[str, int]]:
+    """Return kind and number of floats of each collective in the compiled program."""
+    text = str(jax.jit(function).lower(*arguments).compile().as_text())
+    kinds = "all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute"
+    found = re.findall(rf"= (\(.*?\)|\S+) ({kinds})(?:-start)?\(", text)
+    return [(kind, count_floats(shapes)) for shapes, kind in found]
+
+
+def count_floats(shapes: str) -> int:
+    """Return the number of floats in HLO shapes: 10 for (f32[2,3]{1,0}, f32[4]{0})."""
+    sizes = re.findall(r"f32\[([\d,]*)\]", shapes)
+    return sum(math.prod(map(int, filter(None, size.split(",")))) for size in sizes)

@@ -1,7 +1,7 @@
 """Batch normalization and its gradients in NumPy float64, by the chain rule.
 
-It shares no code with jaxbn, and takes the long way on purpose: the nine steps of
-docs/mathematics.md one after the other, the one that is zero among them.
+It shares no code with jaxbn and takes the nine steps of docs/mathematics.md one by one,
+including the step that is zero.
 """
 
 from typing import Any, NamedTuple
@@ -10,7 +10,7 @@ import numpy as np
 
 
 class Case(NamedTuple):
-    """One call of batch_norm with the cotangents of all that it returns."""
+    """Hold the arguments of batch_norm and the cotangents of all its results."""
 
     x: np.ndarray
     scale: np.ndarray
@@ -24,10 +24,10 @@ class Case(NamedTuple):
 
 
 class Result(NamedTuple):
-    """What batch_norm returns, and the gradient of everything that goes in.
+    """Hold the results of batch_norm and the gradient of each argument.
 
-    `sizes` holds the largest terms of what may cancel to exactly zero: rounding is
-    measured against them.
+    `sizes` holds the largest terms of sums that may cancel to exactly zero. Rounding
+    is measured against them.
     """
 
     y: np.ndarray
@@ -42,6 +42,7 @@ class Result(NamedTuple):
 
 
 def random_case(rng, shape, axis=-1, loc=0.7, std=1.9) -> Case:
+    """Draw a case; x has mean `loc` and standard deviation `std`."""
     axes = axis if isinstance(axis, tuple) else (axis,)
     features = tuple(shape[a] for a in axes)
     return Case(
@@ -56,30 +57,32 @@ def random_case(rng, shape, axis=-1, loc=0.7, std=1.9) -> Case:
     )
 
 
-def rows_first(x, axis):
-    """x as (rows, *features), the features in the order of `axis`."""
+def flatten_elements(x, axis):
+    """Reshape x to (elements, *features), with features in the order of `axis`."""
     axes = axis if isinstance(axis, tuple) else (axis,)
     moved = np.moveaxis(x, axes, range(-len(axes), 0))
     return moved.reshape(-1, *moved.shape[x.ndim - len(axes) :])
 
 
-def rows_back(rows, shape, axis):
+def unflatten_elements(flat, shape, axis):
+    """Invert `flatten_elements` for an array of shape `shape`."""
     axes = axis if isinstance(axis, tuple) else (axis,)
     order = [a for a in range(len(shape)) if a not in {b % len(shape) for b in axes}]
-    moved = rows.reshape(*(shape[a] for a in order), *rows.shape[1:])
+    moved = flat.reshape(*(shape[a] for a in order), *flat.shape[1:])
     return np.moveaxis(moved, range(-len(axes), 0), axes)
 
 
 def train_step(
     case, *, axis=-1, momentum=0.99, epsilon=1e-5, unbiased=True, mask=None
 ) -> Result:
+    """Compute a training step and its gradients."""
     case = Case(*(np.asarray(a, np.float64) for a in case))
     w = np.ones_like(case.x)
     if mask is not None:
         w = np.broadcast_to(np.asarray(mask, np.float64), case.x.shape)
-    x, w, dy = (rows_first(a, axis) for a in (case.x, w, case.dy))
+    x, w, dy = (flatten_elements(a, axis) for a in (case.x, w, case.dy))
     n = w.sum(0)
-    some, enough = n > 0, n > 1
+    some, updates = n > 0, n > (1 if unbiased else 0)
     m = np.where(some, n, 1)
 
     # Forward, Algorithm 1.
@@ -89,9 +92,9 @@ def train_step(
     x_hat = (x - mu) * inv_std
     y = case.scale * x_hat + case.bias
     keep = case.batches / (case.batches + 1) if momentum is None else momentum
-    bessel = n / np.where(enough, n - 1, 1) if unbiased else np.ones_like(n)
-    mean = np.where(enough, keep * case.mean + (1 - keep) * mu, case.mean)
-    var = np.where(enough, keep * case.var + (1 - keep) * bessel * sigma2, case.var)
+    bessel = n / np.where(updates, n - 1, 1) if unbiased else np.ones_like(n)
+    mean = np.where(updates, keep * case.mean + (1 - keep) * mu, case.mean)
+    var = np.where(updates, keep * case.var + (1 - keep) * bessel * sigma2, case.var)
 
     # Backward, step by step.
     dx_hat = dy * case.scale  # 1
@@ -99,7 +102,7 @@ def train_step(
     dbias = dy.sum(0)  # 3
     dsigma2 = (dx_hat * -0.5 * (x - mu) * inv_std**3).sum(0)  # 4
     dsigma2_state = np.where(some, 0, dsigma2)
-    dsigma2 = dsigma2 + np.where(enough, (1 - keep) * bessel * case.dvar, 0)
+    dsigma2 = dsigma2 + np.where(updates, (1 - keep) * bessel * case.dvar, 0)
     dsigma2_dmu = -2 / m * (w * (x - mu)).sum(0)  # 5
     dx_hat_dmu = -inv_std  # 6
     dx_hat_dx = inv_std  # 7
@@ -107,43 +110,44 @@ def train_step(
     dsigma2_dx = np.where(some, 2 / m * w * (x - mu), 0)  # 9
     dmu_y = (dx_hat * dx_hat_dmu).sum(0)
     dmu = dsigma2 * np.where(some, dsigma2_dmu, 0) + dmu_y
-    dmu = dmu + np.where(enough, (1 - keep) * case.dmean, 0)
+    dmu = dmu + np.where(updates, (1 - keep) * case.dmean, 0)
     dx = dx_hat * dx_hat_dx + dmu * dmu_dx + dsigma2 * dsigma2_dx
 
-    terms = (np.abs(x) + np.abs(mu)) * inv_std  # of x_hat, before they cancel
+    terms = (np.abs(x) + np.abs(mu)) * inv_std  # x_hat before its terms cancel
     eps = np.finfo(np.float32).eps
     return Result(
-        y=rows_back(y, case.x.shape, axis),
+        y=unflatten_elements(y, case.x.shape, axis),
         mean=mean,
         var=var,
-        dx=rows_back(dx, case.x.shape, axis),
+        dx=unflatten_elements(dx, case.x.shape, axis),
         dscale=dscale,
         dbias=dbias,
-        dmean=np.where(enough, keep, 1) * case.dmean + np.where(some, 0, dmu_y),
-        dvar=np.where(enough, keep, 1) * case.dvar + dsigma2_state,
+        dmean=np.where(updates, keep, 1) * case.dmean + np.where(some, 0, dmu_y),
+        dvar=np.where(updates, keep, 1) * case.dvar + dsigma2_state,
         sizes={
             "dx": np.abs(dx_hat * dx_hat_dx).max(initial=0),
             "dscale": (np.abs(dy) * terms).sum(0).max(initial=0),
             "dbias": np.abs(dy).sum(0).max(initial=0),
             "y": (np.abs(case.scale) * terms).max(initial=0),
             "mean": np.abs([keep * case.mean, (1 - keep) * mu]).max(initial=0),
-            # Of equal values the mean rounds, and a variance of that size is left.
+            # The mean of equal values is rounded, which leaves a variance of this size.
             "var": (1 - keep) * eps * (bessel * n * (x**2).max(0, initial=0)).max(),
         },
     )
 
 
 def inference(case, *, axis=-1, epsilon=1e-5) -> Result:
+    """Compute inference and its gradients."""
     case = Case(*(np.asarray(a, np.float64) for a in case))
-    x, dy = rows_first(case.x, axis), rows_first(case.dy, axis)
+    x, dy = flatten_elements(case.x, axis), flatten_elements(case.dy, axis)
     inv_std = 1 / np.sqrt(case.var + epsilon)
     x_hat = (x - case.mean) * inv_std
     dx_hat = dy * case.scale
     return Result(
-        y=rows_back(case.scale * x_hat + case.bias, case.x.shape, axis),
+        y=unflatten_elements(case.scale * x_hat + case.bias, case.x.shape, axis),
         mean=case.mean,
         var=case.var,
-        dx=rows_back(dx_hat * inv_std, case.x.shape, axis),
+        dx=unflatten_elements(dx_hat * inv_std, case.x.shape, axis),
         dscale=(dy * x_hat).sum(0),
         dbias=dy.sum(0),
         dmean=case.dmean - (dx_hat * inv_std).sum(0),

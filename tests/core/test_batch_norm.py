@@ -1,4 +1,4 @@
-"""One battery: y, state and all gradients against the float64 oracle."""
+"""Compare y, state and all gradients with the float64 oracle."""
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +24,7 @@ AXES = [
     ((1, 6), -1),
 ]
 MASKS = {
-    "bool rows": lambda rng: rng.random((6, 1, 1)) < 0.6,
+    "bool batch": lambda rng: rng.random((6, 1, 1)) < 0.6,
     "int positions": lambda rng: rng.integers(0, 3, size=(6, 5, 1)),
     "uint8 features": lambda rng: rng.integers(0, 2, (6, 5, 3)).astype(np.uint8),
     "float weights": lambda rng: rng.uniform(0.2, 2.0, size=(5, 1)),
@@ -47,14 +47,14 @@ RUNS = {"eager": lambda f: f, "jit": jax.jit}
 
 @pytest.mark.parametrize(("shape", "axis"), AXES, ids=str)
 @pytest.mark.parametrize("autodiff", ["custom_vjp", "jax"])
-def test_feature_axes_anywhere(shape, axis, autodiff, rng):
+def test_training_matches_oracle_for_any_feature_axes(shape, axis, autodiff, rng):
     case = rounded(random_case(rng, shape, axis), "float32")
     actual = run(case, axis=axis, autodiff=autodiff)
     assert_close(actual, train_step(case, axis=axis), TOLERANCE["float32"])
 
 
 @pytest.mark.parametrize(("shape", "axis"), AXES, ids=str)
-def test_feature_axes_at_inference(shape, axis, rng):
+def test_inference_matches_oracle_for_any_feature_axes(shape, axis, rng):
     case = rounded(random_case(rng, shape, axis), "float32")
     actual = run(case, train=False, axis=axis)
     assert_close(actual, inference(case, axis=axis), TOLERANCE["float32"])
@@ -62,13 +62,13 @@ def test_feature_axes_at_inference(shape, axis, rng):
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("train", [True, False])
-@pytest.mark.parametrize("how", RUNS)
-def test_dtypes(dtype, train, how, rng, x64):
+@pytest.mark.parametrize("transform", RUNS)
+def test_dtypes_match_oracle(dtype, train, transform, rng, x64):
     case = rounded(random_case(rng, (32, 4, 5)), dtype)
-    actual = run(case, train, RUNS[how])
+    actual = run(case, train, RUNS[transform])
     assert actual.y.dtype == actual.dx.dtype == dtype
-    wide = np.float64 if dtype == "float64" else np.float32
-    assert {np.dtype(a.dtype) for a in actual[1:3] + actual[4:8]} == {np.dtype(wide)}
+    vector_dtype = "float64" if dtype == "float64" else "float32"
+    assert {str(a.dtype) for a in actual[1:3] + actual[4:8]} == {vector_dtype}
     expected = train_step(case) if train else inference(case)
     assert_close(actual, expected, TOLERANCE[dtype])
 
@@ -76,7 +76,7 @@ def test_dtypes(dtype, train, how, rng, x64):
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 @pytest.mark.parametrize("mask", MASKS)
 @pytest.mark.parametrize("autodiff", ["custom_vjp", "jax"])
-def test_masks(dtype, mask, autodiff, rng):
+def test_masks_match_oracle(dtype, mask, autodiff, rng):
     case = rounded(random_case(rng, (6, 5, 3)), dtype)
     weights = MASKS[mask](rng)
     actual = run(case, mask=weights, autodiff=autodiff)
@@ -84,17 +84,19 @@ def test_masks(dtype, mask, autodiff, rng):
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
-def test_options(options, rng):
+def test_options_match_oracle(options, rng):
     case = rounded(random_case(rng, (8, 3, 4)), "float32")
     expected = train_step(case, **options)
     assert_close(run(case, **options), expected, TOLERANCE["float32"])
 
 
-@pytest.mark.parametrize("rows", [1, 2, 3, 32_769])
+@pytest.mark.parametrize("n", [1, 2, 3, 32_769])
 @pytest.mark.parametrize("features", [1, 3])
-def test_odd_shapes(rows, features, rng):
-    case = rounded(random_case(rng, (rows, features)), "float32")
-    assert_close(run(case), train_step(case), 2e-5)
+@pytest.mark.parametrize("unbiased", [True, False])
+def test_odd_shapes_match_oracle(n, features, unbiased, rng):
+    case = rounded(random_case(rng, (n, features)), "float32")
+    expected = train_step(case, unbiased=unbiased)
+    assert_close(run(case, unbiased=unbiased), expected, 2e-5)
 
 
 COTANGENTS = {
@@ -108,7 +110,7 @@ COTANGENTS = {
 @pytest.mark.parametrize("cotangent", COTANGENTS)
 @pytest.mark.parametrize("statistics", [True, False])
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
-def test_plain_cotangents(cotangent, statistics, dtype, rng):
+def test_gradients_match_oracle_for_plain_cotangents(cotangent, statistics, dtype, rng):
     case = random_case(rng, (9, 4, 3))
     case = case._replace(dy=COTANGENTS[cotangent](case.dy))
     if not statistics:
@@ -124,7 +126,7 @@ def test_plain_cotangents(cotangent, statistics, dtype, rng):
 @pytest.mark.parametrize("x_dtype", ["bfloat16", "float32"])
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
 @pytest.mark.parametrize("train", [True, False])
-def test_output_dtype_is_the_only_thing_that_dtype_changes(x_dtype, dtype, train, rng):
+def test_dtype_option_changes_only_the_output_dtype(x_dtype, dtype, train, rng):
     case = rounded(random_case(rng, (8, 4), loc=3.0), x_dtype)
     dy = case.dy.astype(dtype).astype(x_dtype)
     case = case._replace(dy=dy)
@@ -144,7 +146,9 @@ def test_output_dtype_is_the_only_thing_that_dtype_changes(x_dtype, dtype, train
 @pytest.mark.parametrize("use_scale", [True, False])
 @pytest.mark.parametrize("use_bias", [True, False])
 @pytest.mark.parametrize("autodiff", ["custom_vjp", "jax"])
-def test_without_scale_or_bias(train, use_scale, use_bias, autodiff, rng):
+def test_batch_norm_works_without_scale_or_bias(
+    train, use_scale, use_bias, autodiff, rng
+):
     case = rounded(random_case(rng, (6, 5, 3)), "float32")
     if not use_scale:
         case = case._replace(scale=np.ones_like(case.scale))
@@ -176,8 +180,8 @@ def test_without_scale_or_bias(train, use_scale, use_bias, autodiff, rng):
             assert got is None
 
 
-def test_variables_that_are_wider_than_x(rng, x64):
-    """Float64 statistics are not rounded to float32 on the way to y."""
+def test_wider_variables_are_not_rounded(rng, x64):
+    """Inference subtracts a float64 mean from float32 x without rounding it."""
     params, state = jaxbn.init(3, param_dtype=jnp.float64)
     assert {a.dtype for a in (*params, *state[:2]) if a is not None} == {
         jnp.dtype("f8")
@@ -194,7 +198,7 @@ def test_variables_that_are_wider_than_x(rng, x64):
 
 
 def test_bfloat16_gradient_is_rounded_once(rng):
-    """The pieces of dx are added in float32: half a bfloat16 ulp off at the most."""
+    """The terms of dx are added in float32, so the error is half an ulp at most."""
     case = rounded(random_case(rng, (64, 8)), "bfloat16")
     dx = np.asarray(run(case).dx, np.float64)
     exact = train_step(case).dx

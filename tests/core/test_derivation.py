@@ -1,4 +1,4 @@
-"""docs/mathematics.md against float64: the nine steps, each by itself, and the rest."""
+"""Test each of the nine steps and the remarks of docs/mathematics.md in float64."""
 
 import jax
 import jax.numpy as jnp
@@ -14,16 +14,16 @@ M, C = 11, 4
 
 
 class Symbols:
-    """Those of docs/mathematics.md, in float64 NumPy."""
+    """Hold the symbols of docs/mathematics.md in float64 NumPy."""
 
     def __init__(self, rng):
         self.x = 3 + 2 * rng.normal(size=(M, C))
-        self.gamma, self.beta = rng.normal(size=(2, 1, C))
+        self.scale, self.bias = rng.normal(size=(2, 1, C))
         self.dl_dy = rng.normal(size=(M, C))
         self.mu = self.x.mean(0, keepdims=True)
         self.sigma2 = self.x.var(0, keepdims=True)
         self.x_hat = (self.x - self.mu) / np.sqrt(self.sigma2 + EPSILON)
-        self.dl_dx_hat = self.dl_dy * self.gamma
+        self.dl_dx_hat = self.dl_dy * self.scale
 
 
 @pytest.fixture
@@ -33,7 +33,7 @@ def symbols(rng, x64):
 
 @pytest.fixture
 def normalize_vjp(symbols):
-    """Cotangents of x (held apart from the statistics), μ, σ², scale and bias."""
+    """Return the cotangents of x (at fixed statistics), μ, σ², scale and bias."""
 
     def f(x, mean, var, scale, bias):
         return normalize(
@@ -44,15 +44,15 @@ def normalize_vjp(symbols):
             closed_form=True,
         )
 
-    args = (symbols.x, symbols.mu, symbols.sigma2, symbols.gamma, symbols.beta)
+    args = (symbols.x, symbols.mu, symbols.sigma2, symbols.scale, symbols.bias)
     y, vjp = jax.vjp(f, *map(jnp.asarray, args))
-    close(y, symbols.gamma * symbols.x_hat + symbols.beta)
-    names = ("x", "mu", "sigma2", "gamma", "beta")
+    close(y, symbols.scale * symbols.x_hat + symbols.bias)
+    names = ("x", "mu", "sigma2", "scale", "bias")
     return dict(zip(names, vjp(jnp.asarray(symbols.dl_dy)), strict=True))
 
 
 def moments_of(x, weights=None):
-    """(μ, σ²) by the closed form."""
+    """Return μ and σ², differentiated by the closed form."""
     m = moments(x, x, weights, (0,), closed_form=True)
     return m.mean, m.var
 
@@ -61,26 +61,26 @@ def close(actual, expected):
     np.testing.assert_allclose(actual, expected, rtol=1e-10, atol=1e-12)
 
 
-def test_steps_1_and_7_x_hat_to_x(symbols, normalize_vjp):
+def test_normalize_vjp_of_x_is_steps_1_and_7(symbols, normalize_vjp):
     dx_hat_dx = (symbols.sigma2 + EPSILON) ** -0.5
     close(normalize_vjp["x"], symbols.dl_dx_hat * dx_hat_dx)
 
 
-def test_step_2_scale(symbols, normalize_vjp):
-    close(normalize_vjp["gamma"], (symbols.dl_dy * symbols.x_hat).sum(0, keepdims=True))
+def test_normalize_vjp_of_scale_is_step_2(symbols, normalize_vjp):
+    close(normalize_vjp["scale"], (symbols.dl_dy * symbols.x_hat).sum(0, keepdims=True))
 
 
-def test_step_3_bias(symbols, normalize_vjp):
-    close(normalize_vjp["beta"], symbols.dl_dy.sum(0, keepdims=True))
+def test_normalize_vjp_of_bias_is_step_3(symbols, normalize_vjp):
+    close(normalize_vjp["bias"], symbols.dl_dy.sum(0, keepdims=True))
 
 
-def test_step_4_variance(symbols, normalize_vjp):
+def test_normalize_vjp_of_variance_is_step_4(symbols, normalize_vjp):
     terms = symbols.dl_dx_hat * -0.5 * (symbols.x - symbols.mu)
     expected = (terms * (symbols.sigma2 + EPSILON) ** -1.5).sum(0, keepdims=True)
     close(normalize_vjp["sigma2"], expected)
 
 
-def test_step_5_variance_to_mean_is_zero(symbols):
+def test_moments_vjp_omits_step_5_which_is_zero(symbols):
     """∂σ²/∂μ = -2/m Σ(x-μ) vanishes, so the closed form of step 9 has no such term."""
     dsigma2_dmu = -2 / M * (symbols.x - symbols.mu).sum(0)
     np.testing.assert_allclose(dsigma2_dmu, 0, atol=1e-14)
@@ -89,12 +89,12 @@ def test_step_5_variance_to_mean_is_zero(symbols):
     close(vjp((jnp.zeros((1, C)), jnp.ones((1, C))))[0], with_step_5)
 
 
-def test_step_6_mean(symbols, normalize_vjp):
+def test_normalize_vjp_of_mean_is_step_6(symbols, normalize_vjp):
     dx_hat_dmu = -((symbols.sigma2 + EPSILON) ** -0.5)
     close(normalize_vjp["mu"], (symbols.dl_dx_hat * dx_hat_dmu).sum(0, keepdims=True))
 
 
-def test_step_8_mean_to_x(symbols, rng):
+def test_moments_vjp_of_mean_is_step_8(symbols, rng):
     dl_dmu = rng.normal(size=(1, C))
     _, vjp = jax.vjp(moments_of, jnp.asarray(symbols.x))
     close(
@@ -102,14 +102,14 @@ def test_step_8_mean_to_x(symbols, rng):
     )
 
 
-def test_step_9_variance_to_x(symbols, rng):
+def test_moments_vjp_of_variance_is_step_9(symbols, rng):
     dl_dsigma2 = rng.normal(size=(1, C))
     _, vjp = jax.vjp(moments_of, jnp.asarray(symbols.x))
     actual = vjp((jnp.zeros((1, C)), jnp.asarray(dl_dsigma2)))[0]
     close(actual, dl_dsigma2 * 2 / M * (symbols.x - symbols.mu))
 
 
-def test_steps_8_and_9_with_weights(symbols, rng):
+def test_weighted_moments_vjp_is_steps_8_and_9(symbols, rng):
     w = rng.uniform(size=(M, 1)) * (rng.random((M, 1)) < 0.7)
     n = w.sum()
     mu = (w * symbols.x).sum(0, keepdims=True) / n
@@ -119,12 +119,12 @@ def test_steps_8_and_9_with_weights(symbols, rng):
     close(actual, w / n * dl_dmu + 2 * w / n * (symbols.x - mu) * dl_dsigma2)
 
 
-def test_the_whole_chain(symbols, rng):
-    """∂l/∂x as the text composes it, and the fused form that jaxbn amounts to."""
+def test_batch_norm_gradient_equals_chain_and_fused_form(symbols, rng):
+    """∂l/∂x by the chain rule of the text equals the fused form of jaxbn."""
 
     def apply(x):
         params = jaxbn.BatchNormParams(
-            *map(jnp.asarray, (symbols.gamma[0], symbols.beta[0]))
+            *map(jnp.asarray, (symbols.scale[0], symbols.bias[0]))
         )
         _, state = jaxbn.init(C, param_dtype=jnp.float64)
         return jaxbn.batch_norm(params, state, x, True, epsilon=EPSILON)[0]
@@ -143,39 +143,39 @@ def test_the_whole_chain(symbols, rng):
     close(chain, fused(symbols, 1.0))
 
 
-def test_what_the_gradient_cannot_do(symbols):
-    """Its sum is 0, and ε / (σ² + ε) is left of its part along x̂."""
+def test_gradient_sums_to_zero_and_nearly_vanishes_along_x_hat(symbols):
+    """The factor ε / (σ² + ε) remains of the component along x̂."""
     dx = fused(symbols, 1.0)
-    dgamma = (symbols.dl_dy * symbols.x_hat).sum(0, keepdims=True)
+    dscale = (symbols.dl_dy * symbols.x_hat).sum(0, keepdims=True)
     var = symbols.sigma2 + EPSILON
     np.testing.assert_allclose(dx.sum(0), 0, atol=1e-13)
     close(
         (symbols.x_hat * dx).sum(0, keepdims=True),
-        symbols.gamma * var**-0.5 * EPSILON / var * dgamma,
+        symbols.scale * var**-0.5 * EPSILON / var * dscale,
     )
 
 
-def test_the_two_functions_add_up_to_the_fused_form(symbols, normalize_vjp):
-    """With ∂l/∂μ = -γr ∂l/∂β and ∂l/∂σ² = -½ γr² ∂l/∂γ, as the text has them."""
+def test_normalize_and_moments_vjps_add_up_to_fused_form(symbols, normalize_vjp):
+    """The text gives ∂l/∂μ = -γr ∂l/∂β and ∂l/∂σ² = -½ γr² ∂l/∂γ."""
     r = (symbols.sigma2 + EPSILON) ** -0.5
-    close(normalize_vjp["mu"], -symbols.gamma * r * normalize_vjp["beta"])
+    close(normalize_vjp["mu"], -symbols.scale * r * normalize_vjp["bias"])
     close(
         normalize_vjp["sigma2"],
-        -0.5 * symbols.gamma * r**2 * normalize_vjp["gamma"],
+        -0.5 * symbols.scale * r**2 * normalize_vjp["scale"],
     )
     _, vjp = jax.vjp(moments_of, jnp.asarray(symbols.x))
     (through_moments,) = vjp((normalize_vjp["mu"], normalize_vjp["sigma2"]))
     close(normalize_vjp["x"] + through_moments, fused(symbols, 1.0))
 
 
-def test_the_fused_form_with_weights(symbols, rng):
+def test_weighted_gradient_equals_fused_form(symbols, rng):
     w = rng.uniform(size=(M, 1)) * (rng.random((M, 1)) < 0.7)
     symbols.mu = (w * symbols.x).sum(0, keepdims=True) / w.sum()
     deviation = symbols.x - symbols.mu
     symbols.sigma2 = (w * deviation**2).sum(0, keepdims=True) / w.sum()
     symbols.x_hat = deviation / np.sqrt(symbols.sigma2 + EPSILON)
     params = jaxbn.BatchNormParams(
-        *map(jnp.asarray, (symbols.gamma[0], symbols.beta[0]))
+        *map(jnp.asarray, (symbols.scale[0], symbols.bias[0]))
     )
     _, state = jaxbn.init(C, param_dtype=jnp.float64)
 
@@ -187,17 +187,17 @@ def test_the_fused_form_with_weights(symbols, rng):
 
 
 def fused(symbols, w):
-    """∂l/∂xᵢ in one line, of rows that weigh `w`; each weighs 1 without weights."""
+    """Return ∂l/∂x by the fused form for elements of weight `w`."""
     r = (symbols.sigma2 + EPSILON) ** -0.5
-    dgamma = (symbols.dl_dy * symbols.x_hat).sum(0, keepdims=True)
-    dbeta = symbols.dl_dy.sum(0, keepdims=True)
+    dscale = (symbols.dl_dy * symbols.x_hat).sum(0, keepdims=True)
+    dbias = symbols.dl_dy.sum(0, keepdims=True)
     share = w / (w.sum() if isinstance(w, np.ndarray) else M)
-    inner = symbols.dl_dy - share * dbeta - share * symbols.x_hat * dgamma
-    return symbols.gamma * r * inner
+    inner = symbols.dl_dy - share * dbias - share * symbols.x_hat * dscale
+    return symbols.scale * r * inner
 
 
-def test_the_erratum_is_a_factor_of_the_variance(rng):
-    """Divided by (σ² + ε)^(-1/2), y is 100 times too large at σ = 10."""
+def test_division_by_inv_std_multiplies_y_by_variance(rng):
+    """Division by (σ² + ε)^(-1/2) makes y 100 times too large at σ = 10."""
     x = rng.normal(3, 10, size=(8, 1)).astype(np.float32)
     params, state = jaxbn.init(1)
     state = state._replace(mean=state.mean + 3, var=100 * state.var)
@@ -206,8 +206,8 @@ def test_the_erratum_is_a_factor_of_the_variance(rng):
     np.testing.assert_allclose(divided, 100 * y, rtol=1e-5)
 
 
-def test_no_digit_is_left_of_the_difference_of_squares(rng):
-    """At |μ| = 10⁴σ in float32, whose neighbours are 8σ² apart there."""
+def test_moments_are_accurate_where_difference_of_squares_cancels(rng):
+    """At |μ| = 10⁴σ the squares are rounded to multiples of 8σ² in float32."""
     assert np.spacing(np.float32(1e8)) == 8
     x = rng.normal(1e4, 1, size=(4096, 16)).astype(np.float32)
     difference = np.mean(x * x, 0) - np.mean(x, 0) ** 2
@@ -218,14 +218,14 @@ def test_no_digit_is_left_of_the_difference_of_squares(rng):
     np.testing.assert_allclose(mean[0], np.mean(x, 0, dtype=np.float64), rtol=1e-6)
 
 
-def test_the_cube_of_inv_std_underflows():
-    """Where σ is 10¹⁵, so that step 4 multiplies by it twice and in between."""
+def test_cubed_inv_std_underflows_at_large_variance():
+    """Step 4 therefore never forms the cube; σ is 10¹⁵ here."""
     assert np.float32(1e-15) ** 3 < np.finfo(np.float32).tiny
 
 
 @pytest.mark.parametrize("shifts", [0.0, 1.0, 4.0, -7.5])
-def test_what_a_shift_loses(shifts, symbols):
-    """Σd² / M₂ = 1 + (μ - s)²/σ²; 17 where s is 4 deviations away."""
+def test_shifted_sums_grow_by_1_plus_squared_shift(shifts, symbols):
+    """Σd² / M₂ = 1 + (μ - s)²/σ², which is 17 at a distance of 4 deviations."""
     s = symbols.mu - shifts * np.sqrt(symbols.sigma2)
     d = symbols.x - s
     m2 = (d**2).sum(0) - d.sum(0) ** 2 / M
@@ -234,8 +234,8 @@ def test_what_a_shift_loses(shifts, symbols):
 
 
 @pytest.mark.parametrize("k", [1, 4, 16])
-def test_a_sample_of_outliers_is_the_worst(k, rng):
-    """k of m values are at most σ√(m/k - 1) off: a factor m/k, which outliers reach."""
+def test_sample_mean_error_is_largest_for_outliers(k, rng):
+    """A mean of k in m values is off by at most σ√(m/k - 1): a factor m/k above."""
     m = 64 * k
     outliers = np.zeros(m)
     outliers[:k] = 1

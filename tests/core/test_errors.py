@@ -1,4 +1,4 @@
-"""Each complaint: the rule, what came, what to do; at trace time."""
+"""Test that each error states the rule, the wrong value and a remedy, at trace time."""
 
 import jax
 import jax.numpy as jnp
@@ -83,24 +83,24 @@ TYPE_ERRORS = {
 
 @pytest.mark.parametrize(("kwargs", "match"), VALUE_ERRORS.values(), ids=VALUE_ERRORS)
 @pytest.mark.parametrize("train", [True, False])
-def test_value_errors(kwargs, match, train):
+def test_batch_norm_rejects_wrong_values(kwargs, match, train):
     with pytest.raises(ValueError, match=match):
         call(**{"train": train, **kwargs})
 
 
 @pytest.mark.parametrize(("kwargs", "match"), TYPE_ERRORS.values(), ids=TYPE_ERRORS)
-def test_type_errors(kwargs, match):
+def test_batch_norm_rejects_wrong_types(kwargs, match):
     with pytest.raises(TypeError, match=match):
         call(**kwargs)
 
 
-def test_traced_train_says_how_to_mark_it_static():
+def test_traced_train_error_names_static_argnames():
     with pytest.raises(TypeError, match="static_argnames='train'"):
         jax.jit(lambda train: call(train=train))(True)
     assert jax.jit(lambda x, train: call(x, train), static_argnums=1)(X, True)
 
 
-def test_traced_momentum_says_how_to_mark_it_static():
+def test_traced_momentum_error_names_static_argument():
     with pytest.raises(TypeError, match=r"momentum must be .*pass it as a static arg"):
         jax.jit(lambda momentum: call(momentum=momentum))(0.9)
 
@@ -108,24 +108,24 @@ def test_traced_momentum_says_how_to_mark_it_static():
 @pytest.mark.parametrize(
     "groups", [[[0, 1]], [[0, 1], [1, 2]], [[0, 1, 2, 3], []], [[0, 1, 2, 9]]], ids=str
 )
-def test_groups_that_do_not_partition_the_axis(groups):
+def test_axis_index_groups_must_partition_the_axis(groups):
     options = {"axis_name": "data", "axis_index_groups": groups}
     with pytest.raises(ValueError, match=r"each index of the axis once, here 0 to 3"):
         jax.vmap(lambda x: call(x, **options), axis_name="data")(X)
 
 
 @pytest.mark.parametrize("axis", [1.5, None, "last", (0, None)])
-def test_axes_that_are_not_integers(axis):
+def test_axis_must_be_integers(axis):
     with pytest.raises(TypeError, match="an int or a sequence of ints; got"):
         axes.check_axis(axis, 3)
 
 
-def test_groups_that_are_not_lists_of_lists():
+def test_axis_index_groups_must_be_lists_of_lists():
     with pytest.raises(ValueError, match=r"lists of axis indices .* got \(0, 1\)"):
         sync.check_partition((0, 1), 2)  # pyright: ignore[reportArgumentType]
 
 
-def test_errors_come_while_tracing():
+def test_errors_are_raised_while_tracing():
     with pytest.raises(ValueError, match="feature axes"):
         jax.eval_shape(lambda x: call(x, axis=1), X)
     with pytest.raises(TypeError, match="floating or complex"):
@@ -135,17 +135,17 @@ def test_errors_come_while_tracing():
 
 
 @pytest.mark.parametrize("num_features", [0, -3, (), (3, 0)], ids=str)
-def test_feature_counts_below_1(num_features):
+def test_init_rejects_feature_counts_below_1(num_features):
     with pytest.raises(ValueError, match=r"at least 1; got .*x.shape\[axis\]"):
         jaxbn.init(num_features)
 
 
-def test_a_feature_count_that_is_not_an_integer():
+def test_init_rejects_non_integer_feature_counts():
     with pytest.raises(TypeError, match=r"an int, or a tuple of ints.*got \(2, 2.5\)"):
         jaxbn.init((2, 2.5))  # pyright: ignore[reportCallIssue, reportArgumentType]
 
 
-def test_integer_parameters():
+def test_init_rejects_integer_param_dtype():
     with pytest.raises(TypeError, match=r"param_dtype must be .* got int32"):
         jaxbn.init(3, param_dtype=jnp.int32)
 
@@ -153,7 +153,7 @@ def test_integer_parameters():
 @pytest.mark.parametrize(
     "options", [{"momentum": 0}, {"momentum": 1}, {"momentum": None}, {"epsilon": 0}]
 )
-def test_the_bounds_themselves_are_allowed(options):
+def test_momentum_and_epsilon_bounds_are_allowed(options):
     x = jnp.arange(24.0).reshape(8, 3)
     y, _ = call(x, **options)
     assert np.all(np.isfinite(y))

@@ -1,6 +1,6 @@
-"""What must hold for any shape, mask and option; hypothesis looks for exceptions."""
+"""Search with hypothesis for any shape, mask or option that breaks an invariant."""
 
-import jax
+import chex
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -44,7 +44,7 @@ def masks(draw, shape, rng):
 
 
 @given(data=st.data(), seed=st.integers(0, 2**32 - 1), options=OPTIONS)
-def test_any_shape_axis_mask_and_option(data, seed, options):
+def test_batch_norm_matches_oracle_for_any_shape_mask_and_option(data, seed, options):
     rng = np.random.default_rng(seed)
     shape, axis = data.draw(shapes_and_axes())
     case = rounded(random_case(rng, shape, axis), "float32")
@@ -59,8 +59,8 @@ def test_any_shape_axis_mask_and_option(data, seed, options):
     shape=st.tuples(st.integers(0, 6), st.integers(1, 3)),
     momentum=st.sampled_from([None, 0.0, 0.9, 1.0]),
 )
-def test_finite_input_gives_a_finite_state(data, shape, momentum):
-    """Any bits that are a finite float32, the masked and the huge among them."""
+def test_state_is_finite_for_finite_input(data, shape, momentum):
+    """x may hold any finite float32, with huge and masked values among them."""
     floats = st.floats(allow_nan=False, allow_infinity=False, width=32)
     size = shape[0] * shape[1]
     x = data.draw(st.lists(floats, min_size=size, max_size=size))
@@ -77,7 +77,7 @@ def test_finite_input_gives_a_finite_state(data, shape, momentum):
 
 
 @given(seed=st.integers(0, 2**32 - 1), copies=st.integers(1, 4))
-def test_an_integer_weight_counts_a_row_that_often(seed, copies):
+def test_integer_weight_equals_repetition(seed, copies):
     rng = np.random.default_rng(seed)
     x = jnp.asarray(rng.normal(size=(5, 2)), jnp.float32)
     params, state = jaxbn.init(2)
@@ -85,13 +85,12 @@ def test_an_integer_weight_counts_a_row_that_often(seed, copies):
     _, weighted = jaxbn.batch_norm(params, state, x, True, mask=weight, momentum=None)
     repeated = jnp.repeat(x, weight[:, 0], axis=0)
     _, plain = jaxbn.batch_norm(params, state, repeated, True, momentum=None)
-    close = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)  # noqa: E731
-    jax.tree.map(close, weighted, plain)
+    chex.assert_trees_all_close(weighted, plain, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("seed", range(20))
 def test_variance_of_one_element_counted_three_times_is_zero(seed):
-    """Three times x, divided by 3, is not x: a variance of rounding is left."""
+    """Three times x, divided by 3, is not exactly x, and rounding is left."""
     rng = np.random.default_rng(seed)
     case = rounded(random_case(rng, (1, 1)), "float32")
     options = {"momentum": 0.0, "unbiased": False, "mask": np.full((1, 1), 3)}

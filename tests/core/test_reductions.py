@@ -1,7 +1,8 @@
-"""Each platform's form of the sums: all are plain JAX, so all run here."""
+"""Run the form of the sums for each platform; each is plain JAX and runs anywhere."""
 
 import re
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -22,12 +23,12 @@ MASKS = {
 
 @pytest.fixture(params=FORMS)
 def form(request, monkeypatch):
-    """Run one platform's form whatever the platform and the size of x."""
+    """Run the form of one platform for any platform and size of x."""
 
     def choose(*arrays, **forms):
         return forms.get(request.param, forms["default"])(*arrays)
 
-    jax.clear_caches()  # jit would not know of the change
+    jax.clear_caches()  # jit does not see the change
     monkeypatch.setattr(reductions, "_on_platform", choose)
     yield request.param
     jax.clear_caches()
@@ -36,7 +37,7 @@ def form(request, monkeypatch):
 @pytest.mark.parametrize("loc", [0.0, 3.0, 50.0])  # |μ|/σ about 0, 1.6 and 26
 @pytest.mark.parametrize("dtype", ["float64", "float32", "bfloat16"])
 @pytest.mark.parametrize("autodiff", ["custom_vjp", "jax"])
-def test_dtypes_near_and_far_from_zero(form, loc, dtype, autodiff, rng, x64):
+def test_sums_match_oracle_near_and_far_from_zero(form, loc, dtype, autodiff, rng, x64):
     case = rounded(random_case(rng, (64, 4, 5), loc=loc), dtype)
     assert_close(run(case, autodiff=autodiff), train_step(case), TOLERANCE[dtype])
 
@@ -44,21 +45,21 @@ def test_dtypes_near_and_far_from_zero(form, loc, dtype, autodiff, rng, x64):
 @pytest.mark.parametrize(
     ("shape", "axis"), [((4, 6, 3, 5), 1), ((4, 3, 5), (0, 2)), ((9, 1), -1)], ids=str
 )
-def test_feature_axes(form, shape, axis, rng):
+def test_sums_match_oracle_for_feature_axes(form, shape, axis, rng):
     case = rounded(random_case(rng, shape, axis), "float32")
     assert_close(run(case, axis=axis), train_step(case, axis=axis), 2e-5)
 
 
 @pytest.mark.parametrize("mask", MASKS)
 @pytest.mark.parametrize("loc", [0.0, 50.0])
-def test_masks(form, mask, loc, rng):
+def test_sums_match_oracle_with_masks(form, mask, loc, rng):
     case = rounded(random_case(rng, (6, 5, 3), loc=loc), "float32")
     weights = MASKS[mask](rng)
     assert_close(run(case, mask=weights), train_step(case, mask=weights), 2e-5)
 
 
-def test_one_far_channel_among_near_ones(form, rng):
-    """Chosen for all channels at once: the near may not suffer from the far one."""
+def test_far_feature_leaves_near_features_accurate(form, rng):
+    """One form is chosen for all features at once and must suit each of them."""
     case = random_case(rng, (512, 4))
     case = rounded(case._replace(x=case.x + np.array([0, 0, 1e4, 0])), "float32")
     actual, expected = run(case), train_step(case)
@@ -69,8 +70,8 @@ def test_one_far_channel_among_near_ones(form, rng):
         np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-4)
 
 
-def test_just_near_is_as_good_as_far(form, rng):
-    """At |μ| = 4σ, where a CPU just takes sums about 0, the variance has 6 digits."""
+def test_variance_is_accurate_at_4_deviations(form, rng):
+    """At |μ| = 4σ, the limit for sums about 0 on a CPU, the variance has 6 digits."""
     x = (rng.normal(size=(20_000, 3)) + 3.99).astype(np.float32)
     _, state = jaxbn.batch_norm(*jaxbn.init(3), x, True, momentum=0.0)
     exact = x.astype(np.float64).var(0, ddof=1)
@@ -78,7 +79,7 @@ def test_just_near_is_as_good_as_far(form, rng):
 
 
 @pytest.mark.parametrize("value", [0.0, 1e4 + 0.1, -3e7])
-def test_constant_channels_give_the_bias(form, value, rng):
+def test_constant_features_return_the_bias(form, value, rng):
     params, state = jaxbn.init(3)
     bias = rng.normal(size=3).astype(np.float32)
     params = params._replace(bias=jnp.asarray(bias))
@@ -89,7 +90,7 @@ def test_constant_channels_give_the_bias(form, value, rng):
 
 
 @pytest.mark.parametrize("size", [1e-30, 1e15, 1e18])
-def test_very_small_and_very_large_values(form, size, rng):
+def test_very_small_and_very_large_values_stay_finite(form, size, rng):
     case = random_case(rng, (40, 3), loc=0.0, std=1.0)
     scaled = (case.x * size).astype(np.float32)
     y, state = jaxbn.batch_norm(*jaxbn.init(3), scaled, True)
@@ -97,8 +98,8 @@ def test_very_small_and_very_large_values(form, size, rng):
     assert np.isfinite(state.var).all()
 
 
-def test_vmap_takes_near_and_far_side_by_side(form, rng):
-    """Batched, the condition becomes a choice between both results."""
+def test_vmap_matches_single_calls_near_and_far(form, rng):
+    """Under vmap the conditional becomes a selection between both results."""
     cases = [random_case(rng, (32, 4), loc=loc) for loc in (0.0, 80.0)]
     xs = np.stack([case.x for case in cases]).astype(np.float32)
     params, state = jaxbn.init(4)
@@ -109,15 +110,13 @@ def test_vmap_takes_near_and_far_side_by_side(form, rng):
 
     together = jax.vmap(jax.value_and_grad(loss))(xs)
     alone = [jax.value_and_grad(loss)(x) for x in xs]
-    for got, *want in zip(
-        jax.tree.leaves(together), *map(jax.tree.leaves, alone), strict=True
-    ):
-        np.testing.assert_allclose(got, np.stack(want), rtol=2e-4, atol=1e-5)
+    expected = jax.tree.map(lambda *leaves: np.stack(leaves), *alone)
+    chex.assert_trees_all_close(together, expected, rtol=2e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("wrap", [jax.checkpoint, jax.jit], ids=["remat", "jit"])
-def test_hessian_vector_product(form, wrap, rng, x64):
-    """Closed form and plain autodiff agree to second order."""
+def test_hessian_vector_product_matches_plain_autodiff(form, wrap, rng, x64):
+    """The closed form and plain autodiff agree to second order."""
     params, state = jaxbn.init(2, param_dtype=jnp.float64)
     x, v = rng.normal(size=(2, 7, 2))
 
@@ -133,7 +132,7 @@ def test_hessian_vector_product(form, wrap, rng, x64):
 
 
 def lowered(platform, shape, dtype=jnp.float32):
-    """The program that a training step becomes on a platform, before XLA's passes."""
+    """Return the program of a training step on a platform, before XLA's passes."""
     params, state = jaxbn.init(shape[-1])
 
     def loss(params, x):
@@ -146,16 +145,16 @@ def lowered(platform, shape, dtype=jnp.float32):
 
 
 @pytest.mark.parametrize("platform", ["cuda", "rocm", "tpu"])
-def test_what_is_made_for_a_cpu_stays_there(platform):
+def test_accelerator_programs_contain_no_cpu_form(platform):
     program = lowered(platform, (4096, 64))
     assert "optimization_barrier" not in program
     assert f"dense<{reductions.MAX_SQUARED_MEAN_TO_VAR:.6e}>" not in program
     assert ("complex" in program) == (platform == "cuda")
 
 
-@pytest.mark.parametrize(("rows", "conditionals"), [(128, 0), (4096, 2)])
-def test_a_cpu_asks_once_each_way_unless_there_is_little_to_save(rows, conditionals):
-    program = lowered("cpu", (rows, 64))
+@pytest.mark.parametrize(("n", "conditionals"), [(128, 0), (4096, 2)])
+def test_cpu_program_has_one_conditional_per_direction_if_x_is_large(n, conditionals):
+    program = lowered("cpu", (n, 64))
     assert (
         program.count(f"dense<{reductions.MAX_SQUARED_MEAN_TO_VAR:.6e}>")
         == conditionals
@@ -163,8 +162,8 @@ def test_a_cpu_asks_once_each_way_unless_there_is_little_to_save(rows, condition
     assert "complex" not in program
 
 
-def test_no_sum_writes_out_a_cast_of_x():
-    """Casts of bfloat16 stay inside the sums on a CPU: it writes y and dx alone."""
+def test_sums_do_not_materialize_a_cast_of_x():
+    """Casts of bfloat16 stay inside the sums on a CPU, which writes only y and dx."""
     shape = (64, 16, 16, 64)
     params, state = jaxbn.init(64)
     x = jnp.zeros(shape, jnp.bfloat16)

@@ -1,4 +1,4 @@
-"""Mean, variance and running statistics: values, edges, accuracy."""
+"""Test the values, edge cases and accuracy of batch and running statistics."""
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +16,7 @@ def batches(rng, sizes=(8, 5, 2, 11)):
     return [(4 + 3 * rng.normal(size=(n, C))).astype(np.float32) for n in sizes]
 
 
-def absorb(xs, **options):
+def train_on(xs, **options):
     params, state = jaxbn.init(C)
     for x in xs:
         _, state = jaxbn.batch_norm(params, state, x, train=True, **options)
@@ -29,9 +29,9 @@ def statistics_of(xs, ddof):
 
 
 @pytest.mark.parametrize(("unbiased", "ddof"), [(True, 1), (False, 0)])
-def test_momentum_is_what_the_old_statistics_keep(unbiased, ddof, rng):
+def test_momentum_weights_the_old_statistics(unbiased, ddof, rng):
     xs = batches(rng)
-    state = absorb(xs, momentum=0.8, unbiased=unbiased)
+    state = train_on(xs, momentum=0.8, unbiased=unbiased)
     mean, var = np.zeros(C), np.ones(C)
     for m, v in zip(*statistics_of(xs, ddof), strict=True):
         mean, var = 0.8 * mean + 0.2 * m, 0.8 * var + 0.2 * v
@@ -41,34 +41,34 @@ def test_momentum_is_what_the_old_statistics_keep(unbiased, ddof, rng):
 
 
 @pytest.mark.parametrize("number", [1, 2, 100])
-def test_equal_weight_average(number, rng):
-    """momentum=None is Algorithm 2: E[μ_B] and m/(m-1) E[σ²_B]."""
+def test_momentum_none_averages_batches_equally(number, rng):
+    """Algorithm 2 of the paper is E[μ_B] and m/(m-1) E[σ²_B]."""
     xs = batches(rng, sizes=(6,) * number)
-    state = absorb(xs, momentum=None)
+    state = train_on(xs, momentum=None)
     means, variances = statistics_of(xs, ddof=1)
     np.testing.assert_allclose(state.mean, np.mean(means, 0), rtol=1e-5)
     np.testing.assert_allclose(state.var, np.mean(variances, 0), rtol=1e-5)
     assert state.count == number
 
 
-def test_first_equal_weight_batch_leaves_no_trace_of_the_initial_state(rng):
+def test_first_equal_weight_batch_replaces_the_initial_state(rng):
     x = 1e-6 * rng.normal(size=(50, C)).astype(np.float32)
-    state = absorb([x], momentum=None)
+    state = train_on([x], momentum=None)
     np.testing.assert_allclose(
         state.var, x.astype(np.float64).var(0, ddof=1), rtol=1e-5
     )
 
 
-def test_inference_returns_the_state_as_it_came(rng):
+def test_inference_returns_the_state_unchanged(rng):
     params, state = jaxbn.init(C)
-    state = absorb(batches(rng))
+    state = train_on(batches(rng))
     y, same = jaxbn.batch_norm(params, state, batches(rng)[0], train=False)
     assert same is state
     assert y.shape == (8, C)
 
 
 EMPTY = {
-    "no rows": (np.zeros((0, C), np.float32), None),
+    "no elements": (np.zeros((0, C), np.float32), None),
     "all masked": (np.full((4, C), 7, np.float32), np.zeros((4, 1), bool)),
     "NaN behind the mask": (np.full((4, C), np.nan, np.float32), np.float32(0)),
 }
@@ -76,9 +76,9 @@ EMPTY = {
 
 @pytest.mark.parametrize("x_and_mask", EMPTY.values(), ids=EMPTY.keys())
 @pytest.mark.parametrize("momentum", [0.9, None])
-def test_count_0_normalizes_by_the_running_statistics(x_and_mask, momentum, rng):
+def test_empty_batch_is_normalized_by_running_statistics(x_and_mask, momentum, rng):
     x, mask = x_and_mask
-    state = absorb(batches(rng))
+    state = train_on(batches(rng))
     params = jaxbn.BatchNormParams(*map(jnp.asarray, rng.normal(size=(2, C))))
     y, new = jaxbn.batch_norm(params, state, x, True, mask=mask, momentum=momentum)
     expected, _ = jaxbn.batch_norm(params, state, x, False)
@@ -88,10 +88,10 @@ def test_count_0_normalizes_by_the_running_statistics(x_and_mask, momentum, rng)
 
 @pytest.mark.parametrize("autodiff", ["custom_vjp", "jax"])
 @pytest.mark.parametrize("epsilon", [1e-5, 0.0])
-@pytest.mark.parametrize("rows", [0, 1])
-def test_count_0_and_1_have_finite_gradients(rows, epsilon, autodiff, rng):
+@pytest.mark.parametrize("n", [0, 1])
+def test_gradients_are_finite_for_zero_and_one_element(n, epsilon, autodiff, rng):
     case = rounded(random_case(rng, (4, C)), "float32")
-    mask = np.arange(4)[:, None] < rows
+    mask = np.arange(4)[:, None] < n
     result = run(case, mask=mask, epsilon=epsilon, autodiff=autodiff)
     for name in result._fields[:8]:
         assert np.all(np.isfinite(getattr(result, name))), name
@@ -100,18 +100,29 @@ def test_count_0_and_1_have_finite_gradients(rows, epsilon, autodiff, rng):
 
 
 @pytest.mark.parametrize("mask", [None, np.arange(4)[:, None] == 2])
-def test_count_1_gives_the_bias_and_leaves_the_state(mask, rng):
+def test_one_element_returns_the_bias_and_keeps_the_state(mask, rng):
     x = 1e3 + rng.normal(size=(1 if mask is None else 4, C)).astype(np.float32)
-    state = absorb(batches(rng))
+    state = train_on(batches(rng))
     params = jaxbn.BatchNormParams(*map(jnp.asarray, rng.normal(size=(2, C))))
     y, new = jaxbn.batch_norm(params, state, x, True, mask=mask)
     np.testing.assert_array_equal(y[0 if mask is None else 2], params.bias)
     jax.tree.map(np.testing.assert_array_equal, state, new)
 
 
-def test_a_masked_channel_stays_while_the_others_learn(rng):
+@pytest.mark.parametrize("weight", [1.0, 0.25])
+def test_one_element_updates_the_state_with_biased_variance(weight, rng):
+    """Without Bessel's correction, any positive weight updates the statistics."""
+    x = 1e3 + rng.normal(size=(1, C)).astype(np.float32)
+    options = {"momentum": 0.9, "unbiased": False, "mask": np.full((1, 1), weight)}
+    state = train_on([x], **options)
+    np.testing.assert_allclose(state.mean, 0.1 * x[0], rtol=1e-6)
+    np.testing.assert_allclose(state.var, np.full(C, 0.9), rtol=1e-6)
+    assert state.count == 1
+
+
+def test_masked_feature_keeps_its_statistics(rng):
     x = batches(rng)[0]
-    state = absorb(batches(rng))
+    state = train_on(batches(rng))
     mask = np.array([[True, False, True]])
     params, _ = jaxbn.init(C)
     _, new = jaxbn.batch_norm(params, state, x, True, mask=mask)
@@ -122,7 +133,7 @@ def test_a_masked_channel_stays_while_the_others_learn(rng):
     np.testing.assert_allclose(new.mean[::2], want[::2], rtol=1e-6)
 
 
-def test_what_is_masked_may_be_nan_or_inf(rng):
+def test_moments_ignore_masked_nan_and_inf(rng):
     x = batches(rng)[0]
     dirty = np.concatenate([x, [[np.nan] * C, [np.inf] * C]]).astype(np.float32)
     mask = np.arange(10)[:, None] < 8
@@ -160,7 +171,7 @@ def test_scan_carries_the_state(dtype, state_dtype, momentum, rng, x64):
 
 
 def batch_statistics(x, **options):
-    """Mean and biased variance of one batch, through the public door."""
+    """Return mean and biased variance of one batch, by the public API."""
     params, state = jaxbn.init(x.shape[-1])
     options = {"momentum": 0.0, "unbiased": False, **options}
     _, new = jaxbn.batch_norm(params, state, x, True, **options)
@@ -169,27 +180,25 @@ def batch_statistics(x, **options):
 
 OUTLIERS = {
     "none": lambda x: x,
-    "first row at 0": lambda x: np.concatenate([0 * x[:1], x[1:]]),
-    "first row far": lambda x: np.concatenate([x[:1] + 1e6, x[1:]]),
+    "first at 0": lambda x: np.concatenate([0 * x[:1], x[1:]]),
+    "first far": lambda x: np.concatenate([x[:1] + 1e6, x[1:]]),
     "first 64th far": lambda x: x + 1e5 * (np.arange(len(x)) < len(x) // 64)[:, None],
-    "last row far": lambda x: np.concatenate([x[:-1], x[-1:] - 1e5]),
+    "last far": lambda x: np.concatenate([x[:-1], x[-1:] - 1e5]),
 }
 
 
 @pytest.mark.parametrize("outlier", OUTLIERS)
 @pytest.mark.parametrize("mean", [0.0, 1e2, 1e4, -1e4])
-@pytest.mark.parametrize("rows", [64, 30_000])
-def test_variance_to_1e_4_where_the_mean_is_1e4_deviations_away(
-    outlier, mean, rows, rng
-):
-    x = OUTLIERS[outlier](mean + rng.normal(size=(rows, 2))).astype(np.float32)
+@pytest.mark.parametrize("n", [64, 30_000])
+def test_variance_is_accurate_at_a_mean_of_1e4_deviations(outlier, mean, n, rng):
+    x = OUTLIERS[outlier](mean + rng.normal(size=(n, 2))).astype(np.float32)
     _, var = batch_statistics(x)
     np.testing.assert_allclose(var, x.astype(np.float64).var(0), rtol=1e-4)
 
 
 @pytest.mark.parametrize("mean", [0.0, 1e4])
 @pytest.mark.parametrize("mask", ["ragged", "first half", "weights"])
-def test_masked_variance_is_as_exact(mean, mask, rng):
+def test_masked_variance_is_accurate_at_a_large_mean(mean, mask, rng):
     x = (mean + rng.normal(size=(40, 50, 2))).astype(np.float32)
     x[0] = 0  # masked below
     w = {
@@ -204,8 +213,8 @@ def test_masked_variance_is_as_exact(mean, mask, rng):
     np.testing.assert_allclose(var, expected, rtol=1e-4)
 
 
-def test_output_at_a_large_mean_has_unit_deviation(rng):
-    """Flax's default formula gives std 319 here."""
+def test_output_has_unit_deviation_at_a_large_mean(rng):
+    """The default formula of Flax gives a deviation of 319 here."""
     x = (1e4 + rng.normal(size=(4096, 2))).astype(np.float32)
     params, state = jaxbn.init(2)
     y, _ = jaxbn.batch_norm(params, state, x, train=True)
@@ -213,7 +222,7 @@ def test_output_at_a_large_mean_has_unit_deviation(rng):
 
 
 @pytest.mark.parametrize("value", [0.0, 0.1, 1e4 + 0.1, -3e7, 1e15])
-def test_a_constant_channel_has_no_negative_variance(value):
+def test_constant_feature_variance_is_not_negative(value):
     x = np.full((1001, 2), value, np.float32)
     mean, var = batch_statistics(x)
     np.testing.assert_allclose(mean, x[0], rtol=1e-7)
@@ -223,8 +232,8 @@ def test_a_constant_channel_has_no_negative_variance(value):
 
 @pytest.mark.parametrize("value", [0.0, 0.1, 1e4 + 0.1, -3e7])
 @pytest.mark.parametrize("mask", [None, np.arange(1001)[:, None] % 3 == 1])
-def test_a_constant_channel_gives_the_bias(value, mask, rng):
-    """Also where 1/√ε would magnify any error of the mean 316 times."""
+def test_constant_feature_returns_the_bias(value, mask, rng):
+    """The factor 1/√ε would magnify an error of the mean 316 times."""
     x = np.full((1001, 2), value, np.float32)
     scale, bias = jnp.asarray(rng.normal(size=(2, 2)))
     params, state = jaxbn.BatchNormParams(scale, bias), jaxbn.init(2)[1]
@@ -234,7 +243,7 @@ def test_a_constant_channel_gives_the_bias(value, mask, rng):
 
 @pytest.mark.parametrize("autodiff", ["custom_vjp", "jax"])
 @pytest.mark.parametrize("std", [1e15, 1e-15])
-def test_very_large_and_very_small_values(std, autodiff, rng):
+def test_very_large_and_very_small_values_match_oracle(std, autodiff, rng):
     case = rounded(random_case(rng, (500, C), loc=std / 9, std=std), "float32")
     actual = run(case, autodiff=autodiff, epsilon=0.0, momentum=1.0)
     assert_close(actual, train_step(case, epsilon=0.0, momentum=1.0), 2e-5)
@@ -242,7 +251,7 @@ def test_very_large_and_very_small_values(std, autodiff, rng):
 
 @pytest.mark.parametrize("autodiff", ["custom_vjp", "jax"])
 @pytest.mark.parametrize("momentum", [0.0, 0.9, 1.0, None])
-def test_no_finite_input_makes_a_nan_in_the_state(momentum, autodiff, rng):
+def test_state_stays_finite_for_extreme_finite_input(momentum, autodiff, rng):
     largest = np.finfo(np.float32).max
     x = largest * np.where(rng.random((100, C)) < 0.5, -1, 1).astype(np.float32)
     params, state = jaxbn.init(C)
@@ -253,15 +262,13 @@ def test_no_finite_input_makes_a_nan_in_the_state(momentum, autodiff, rng):
         )
         assert np.all(np.isfinite(state.mean))
         assert np.all(np.isfinite(state.var))
-    assert state.count == 2  # the last two: what overflows or says nothing is passed by
+    assert state.count == 2  # overflowing, empty and one-element batches do not count
 
 
 @pytest.mark.parametrize("momentum", [0.0, 0.9, None])
 @pytest.mark.parametrize(("dtype", "size"), [("float16", 1e4), ("float32", 1e30)])
-def test_a_state_narrower_than_the_statistics_is_not_overflown(
-    dtype, size, momentum, rng, x64
-):
-    """The variance of the batch fits float64, but not the state."""
+def test_narrow_state_does_not_overflow(dtype, size, momentum, rng, x64):
+    """The variance of the batch fits float64 but not the dtype of the state."""
     state = jaxbn.BatchNormState(
         jnp.zeros(2, dtype), jnp.ones(2, dtype), jnp.zeros((), jnp.int32)
     )

@@ -1,9 +1,7 @@
-"""Statistics over a mapped axis: N devices equal one device with the whole batch."""
+"""Test that N devices compute the statistics of one device with the whole batch."""
 
 import math
 import os
-import re
-import subprocess
 import sys
 from functools import partial
 from pathlib import Path
@@ -13,7 +11,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import TOLERANCE, assert_close, rounded
+from helpers import (
+    TOLERANCE,
+    assert_close,
+    assert_near,
+    collectives,
+    rounded,
+    run_script,
+)
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from oracle import Result, random_case, train_step
@@ -21,15 +26,15 @@ from oracle import Result, random_case, train_step
 import jaxbn
 from jaxbn._core import sync
 
-DEVICES, ROWS, C = 4, 6, 3
-SHAPE = (DEVICES * ROWS, 2, C)
+DEVICES, SHARD, C = 4, 6, 3  # SHARD examples on each device
+SHAPE = (DEVICES * SHARD, 2, C)
 MASKS = {
-    "none": lambda rng: np.ones((DEVICES * ROWS, 1, 1)),
-    "uneven": lambda rng: rng.random((DEVICES * ROWS, 1, 1)) < 0.6,
-    "one shard empty": lambda rng: np.arange(DEVICES * ROWS)[:, None, None] >= ROWS,
-    "one row left": lambda rng: np.arange(DEVICES * ROWS)[:, None, None] == 7,
-    "all empty": lambda rng: np.zeros((DEVICES * ROWS, 2, 1)),
-    "weights": lambda rng: rng.uniform(0, 3, size=(DEVICES * ROWS, 2, C)),
+    "none": lambda rng: np.ones((DEVICES * SHARD, 1, 1)),
+    "uneven": lambda rng: rng.random((DEVICES * SHARD, 1, 1)) < 0.6,
+    "one shard empty": lambda rng: np.arange(DEVICES * SHARD)[:, None, None] >= SHARD,
+    "one example left": lambda rng: np.arange(DEVICES * SHARD)[:, None, None] == 7,
+    "all empty": lambda rng: np.zeros((DEVICES * SHARD, 2, 1)),
+    "weights": lambda rng: rng.uniform(0, 3, size=(DEVICES * SHARD, 2, C)),
 }
 
 
@@ -39,7 +44,7 @@ def mesh(*axis_types, sizes=(DEVICES,), names=("data",)):
 
 
 def loss_terms(arguments, shared, axis_name, autodiff):
-    """This shard's part of a loss, and the new statistics, all of a shard's inputs."""
+    """Return the part of a loss on this shard, y and the new statistics."""
     x, dy, mask = arguments
     scale, bias, mean, var = shared
     y, new = jaxbn.batch_norm(
@@ -97,7 +102,7 @@ WAYS = {
 
 
 def run_sharded(case, way, mask, autodiff="custom_vjp") -> Result:
-    """All that jaxbn computes for the case, with grad outside of the mapping."""
+    """Compute every result and gradient of the case, with grad outside the mapping."""
     x, dy, mask = map(jnp.asarray, (case.x, case.dy.astype(np.float32), mask))
     shared = tuple(map(jnp.asarray, (case.scale, case.bias, case.mean, case.var)))
 
@@ -111,24 +116,24 @@ def run_sharded(case, way, mask, autodiff="custom_vjp") -> Result:
 
 
 @pytest.fixture
-def few_slots(monkeypatch):
-    """4 devices are many: what is done over more than 64 of them."""
-    jax.clear_caches()  # they do not know the constant
+def gather_limit_of_3(monkeypatch):
+    """Let 4 devices use the program of more than 64 devices."""
+    jax.clear_caches()  # jit does not see the change
     monkeypatch.setattr(sync, "MAX_GATHERED_DEVICES", 3)
     yield
     jax.clear_caches()
 
 
-@pytest.mark.usefixtures("few_slots")
+@pytest.mark.usefixtures("gather_limit_of_3")
 @pytest.mark.parametrize("mask", MASKS)
 @pytest.mark.parametrize("way", [way for way in WAYS if way != "jit"])
-def test_many_devices_equal_one(way, mask, rng):
-    test_n_devices_equal_one(way, mask, rng)
+def test_devices_beyond_the_gather_limit_match_oracle(way, mask, rng):
+    test_devices_match_oracle(way, mask, rng)
 
 
 @pytest.mark.parametrize("mask", MASKS)
 @pytest.mark.parametrize("way", WAYS)
-def test_n_devices_equal_one(way, mask, rng):
+def test_devices_match_oracle(way, mask, rng):
     case = rounded(random_case(rng, SHAPE), "float32")
     weights = np.asarray(MASKS[mask](rng), np.float32)
     weights = np.broadcast_to(weights, (SHAPE[0], 2, weights.shape[2]))
@@ -141,7 +146,7 @@ def test_n_devices_equal_one(way, mask, rng):
 )
 @pytest.mark.parametrize("mask", ["uneven", "one shard empty", "weights"])
 @pytest.mark.parametrize("way", WAYS)
-def test_bfloat16_and_plain_autodiff(way, mask, dtype, autodiff, rng):
+def test_bfloat16_and_plain_autodiff_match_oracle(way, mask, dtype, autodiff, rng):
     case = rounded(random_case(rng, SHAPE), dtype)
     mask = MASKS[mask](rng).astype(np.float32)
     actual = run_sharded(case, WAYS[way], mask, autodiff)
@@ -149,7 +154,7 @@ def test_bfloat16_and_plain_autodiff(way, mask, dtype, autodiff, rng):
 
 
 @pytest.mark.parametrize("shape", [SHAPE, (64, C), (64, 3, 3, C)], ids=str)
-def test_jit_with_explicit_axes(shape, rng):
+def test_explicit_sharding_matches_oracle(shape, rng):
     case = rounded(random_case(rng, shape), "float32")
     where = mesh(AxisType.Explicit)
     params = jaxbn.BatchNormParams(jnp.asarray(case.scale), jnp.asarray(case.bias))
@@ -182,8 +187,8 @@ SPECS = [P("d", "m"), P("d", None), P(None, "m"), P(None, None), P(("d", "m"), N
 @pytest.mark.parametrize("masked", [P(None, None), None], ids=str)
 @pytest.mark.parametrize("vectors", [P(None), P("m")])
 @pytest.mark.parametrize("spec", SPECS, ids=str)
-def test_explicit_axes_need_not_agree(spec, vectors, masked, rng):
-    """Parameters, statistics and mask lie elsewhere than x; all stay where they are."""
+def test_explicit_shardings_may_differ_between_arguments(spec, vectors, masked, rng):
+    """Parameters, statistics and mask keep their shardings, which differ from x."""
     case = rounded(random_case(rng, (16, 8)), "float32")
     mask = None if masked is None else (rng.random((16, 1)) < 0.6).astype(np.float32)
     with jax.set_mesh(mesh(*2 * [AxisType.Explicit], sizes=(2, 4), names=("d", "m"))):
@@ -212,11 +217,11 @@ def test_explicit_axes_need_not_agree(spec, vectors, masked, rng):
 
 
 def grad_inside(way, arguments, shared, autodiff):
-    """y, dx, and of the whole batch dscale, dbias and the new statistics.
+    """Return y, dx, and dscale, dbias and new statistics of the whole batch.
 
-    Each device differentiates the loss of its own rows. The transpose of the psum adds
-    to dx what the other devices' losses owe it through the statistics, so that it
-    equals the gradient of the sum of all losses.
+    Each device differentiates the loss of its own shard. The transpose of the psum adds
+    to dx the derivatives of the other losses through the statistics, so that dx equals
+    the gradient of the sum of all losses.
     """
 
     def part(arguments, shared):
@@ -228,7 +233,7 @@ def grad_inside(way, arguments, shared, autodiff):
         grad = jax.grad(loss, (0, 1), has_aux=True)
         (dx, gradients), (y, new) = grad(arguments[0], shared)
         dparams = gradients[:2]
-        if way != "shard_map":  # which alone knows that each holds a part of the sum
+        if way != "shard_map":  # with check_vma, the transpose adds this psum itself
             dparams = jax.lax.psum(dparams, "data")
         return (y, dx), (*dparams, new.mean, new.var)
 
@@ -240,13 +245,13 @@ def grad_inside(way, arguments, shared, autodiff):
             out_specs=(P("data"), P()),
             check_vma=way == "shard_map",
         )
-        rows, shared = jax.jit(mapped)(arguments, shared)
-        return *rows, *shared
+        sharded, shared = jax.jit(mapped)(arguments, shared)
+        return *sharded, *shared
     devices = {"devices": jax.devices()[:DEVICES]} if way == "pmap" else {}
     mapped = getattr(jax, way)(part, in_axes=(0, None), axis_name="data", **devices)
     split = [a.reshape(DEVICES, -1, *a.shape[1:]) for a in arguments]
-    rows, shared = mapped(split, shared)
-    return *(a.reshape(SHAPE) for a in rows), *(a[1] for a in shared)
+    sharded, shared = mapped(split, shared)
+    return *(a.reshape(SHAPE) for a in sharded), *(a[1] for a in shared)
 
 
 @pytest.mark.filterwarnings("ignore:.*pmap.*:DeprecationWarning")
@@ -260,7 +265,7 @@ def grad_inside(way, arguments, shared, autodiff):
     ],
 )
 @pytest.mark.parametrize("way", ["shard_map", "shard_map unchecked", "pmap", "vmap"])
-def test_grad_inside(way, mask, dtype, autodiff, rng):
+def test_grad_inside_the_mapping_matches_oracle(way, mask, dtype, autodiff, rng):
     case = rounded(random_case(rng, SHAPE), dtype)
     case = case._replace(dmean=0 * case.dmean, dvar=0 * case.dvar)
     mask = np.asarray(MASKS[mask](rng), np.float32)
@@ -275,8 +280,8 @@ def test_grad_inside(way, mask, dtype, autodiff, rng):
 
 @pytest.mark.parametrize("wrap", [lambda f: f, jax.checkpoint], ids=["", "remat"])
 @pytest.mark.parametrize("check_vma", [True, False])
-def test_scan_over_layers_inside(check_vma, wrap, rng):
-    """Three layers in a scan, over devices and on one: everything and its gradient."""
+def test_scan_over_layers_matches_one_device(check_vma, wrap, rng):
+    """Outputs, statistics and gradients of three layers in a scan are compared."""
     vectors = [rng.uniform(0.5, 1.5, size=(3, C)).astype(np.float32) for _ in range(4)]
     params = jaxbn.BatchNormParams(jnp.asarray(vectors[0]), jnp.asarray(vectors[1]))
     mean, var = map(jnp.asarray, vectors[2:])
@@ -303,17 +308,16 @@ def test_scan_over_layers_inside(check_vma, wrap, rng):
         y, stats = apply(variables, x)
         return jnp.vdot(dy, y) + sum(map(jnp.sum, stats)), (y, stats)
 
-    ours, one = (
+    actual, expected = (
         jax.jit(jax.grad(partial(loss, apply), (0, 1), has_aux=True))(
             (params, mean, var), x
         )
         for apply in (mapped, partial(layers, axis_name=None))
     )
-    for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(one), strict=True):
-        np.testing.assert_allclose(a, b, rtol=0, atol=2e-5 * np.abs(b).max())
+    assert_near(actual, expected, 2e-5)
 
 
-def test_variance_over_devices_at_a_large_mean(rng):
+def test_synced_variance_is_accurate_at_a_large_mean(rng):
     x = jnp.asarray(1e4 + rng.normal(size=(DEVICES, 500, C)), jnp.float32)
     params, state = jaxbn.init(C)
 
@@ -326,8 +330,8 @@ def test_variance_over_devices_at_a_large_mean(rng):
     np.testing.assert_allclose(var, expected, rtol=1e-4)
 
 
-def test_two_shards_with_4_and_1_valid_rows_give_the_true_mean(rng):
-    """flax.linen takes the mean of the two means: google/flax#2417."""
+def test_synced_mean_weights_shards_by_element_count(rng):
+    """Flax takes the mean of both means (google/flax#2417), for 4 and 1 elements."""
     x = rng.normal(size=(2, 4, C)).astype(np.float32)
     mask = np.array([[1, 1, 1, 1], [1, 0, 0, 0]])[..., None]
     params, state = jaxbn.init(C)
@@ -342,7 +346,7 @@ def test_two_shards_with_4_and_1_valid_rows_give_the_true_mean(rng):
     np.testing.assert_allclose(new.var[0], valid.var(0, ddof=1), rtol=1e-5)
 
 
-def test_the_axis_is_ignored_at_inference(rng):
+def test_inference_ignores_axis_name(rng):
     params, state = jaxbn.init(C)
     x = jnp.asarray(rng.normal(size=(5, C)), jnp.float32)
     y, _ = jaxbn.batch_norm(params, state, x, False, axis_name="nowhere")
@@ -361,8 +365,8 @@ def grouped(x, axis_index_groups=GROUPS):
 
 @pytest.mark.parametrize("way", ["shard_map", "pmap"])
 @pytest.mark.filterwarnings("ignore:.*pmap.*:DeprecationWarning")
-def test_groups_share_statistics_among_themselves(way, rng):
-    x = jnp.asarray(rng.normal(size=(DEVICES, ROWS, C)), jnp.float32)
+def test_axis_index_groups_share_statistics_within_each_group(way, rng):
+    x = jnp.asarray(rng.normal(size=(DEVICES, SHARD, C)), jnp.float32)
     if way == "pmap":
         mapped = jax.pmap(grouped, axis_name="data", devices=jax.devices()[:DEVICES])
     else:
@@ -381,8 +385,8 @@ def test_groups_share_statistics_among_themselves(way, rng):
 
 
 @pytest.mark.parametrize("way", ["vmap", "shard_map checked"])
-def test_groups_where_jax_refuses_them(way):
-    x = jnp.ones((DEVICES, ROWS, C))
+def test_axis_index_groups_unsupported_by_jax_are_rejected(way):
+    x = jnp.ones((DEVICES, SHARD, C))
     mapped = jax.vmap(grouped, axis_name="data")
     if way != "vmap":
         mapped = jax.shard_map(
@@ -395,24 +399,10 @@ def test_groups_where_jax_refuses_them(way):
         mapped(x)
 
 
-def collectives(function, *arguments):
-    """Kind and number of floats of each collective in the compiled program."""
-    text = str(jax.jit(function).lower(*arguments).compile().as_text())
-    kinds = "all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute"
-    found = re.findall(rf"= (\(.*?\)|\S+) ({kinds})(?:-start)?\(", text)
-    return [(kind, floats(shapes)) for shapes, kind in found]
-
-
-def floats(shapes):
-    """Of (f32[2,3]{1,0}, f32[4]{0}): 10."""
-    sizes = re.findall(r"f32\[([\d,]*)\]", shapes)
-    return sum(math.prod(map(int, filter(None, size.split(",")))) for size in sizes)
-
-
-def mapped_step(devices, check_vma, grad, channels=16):
-    """A training step over `devices`, and arguments for it."""
+def mapped_step(devices, check_vma, grad, features=16):
+    """Return a training step over `devices` and its arguments."""
     where = mesh(sizes=(devices,))
-    params, state = jaxbn.init(channels)
+    params, state = jaxbn.init(features)
     specs: Any = {"mesh": where, "check_vma": check_vma}
 
     def forward(params, x):
@@ -433,18 +423,19 @@ def mapped_step(devices, check_vma, grad, channels=16):
     within = jax.shard_map(
         inside, in_specs=(P(), P("data")), out_specs=(P(), P("data"), P()), **specs
     )
-    x = jnp.ones((2 * devices, 3, channels))
+    x = jnp.ones((2 * devices, 3, features))
     return {"none": apply, "outside": outside, "inside": within}[grad], params, x
 
 
 @pytest.mark.parametrize("check_vma", [True, False])
 @pytest.mark.parametrize("grad", ["none", "outside", "inside"])
 @pytest.mark.parametrize("devices", [2, 8])
-def test_one_collective_forward_and_one_backward(devices, grad, check_vma):
-    """In the compiled program, with bytes that do not grow with the batch.
+def test_step_has_one_collective_forward_and_one_backward(devices, grad, check_vma):
+    """The size of each collective does not grow with the batch.
 
-    Forward n, μ and m2 of each device; backward the cotangents of μ, σ², scale and
-    bias, or, where shard_map keeps no account, those of the slots, scale and bias.
+    The forward pass sends n, μ and m2 of each device. The backward pass sends the
+    cotangents of μ, σ², scale and bias; without check_vma, it sends the cotangents of
+    n, μ and m2 of each device and of scale and bias.
     """
     found = collectives(*mapped_step(devices, check_vma, grad))
     forward = ("all-reduce", 3 * devices * 16)
@@ -452,24 +443,19 @@ def test_one_collective_forward_and_one_backward(devices, grad, check_vma):
     assert found == ([forward] if grad == "none" else [forward, backward])
 
 
-def test_one_collective_up_to_64_devices_and_two_small_ones_beyond():
-    """The two do not grow with the devices."""
+def test_collectives_stop_growing_beyond_64_devices():
+    """Beyond the limit, two small collectives replace the one that grows."""
     script = """
 import jax
 jax.config.update("jax_num_cpu_devices", 65)
-from test_sync import collectives, mapped_step
+from helpers import collectives
+from test_sync import mapped_step
 for devices in (64, 65):
     print([n for _, n in collectives(*mapped_step(devices, True, "outside"))])
 """
-    run = subprocess.run(
-        [sys.executable, "-c", script],
-        cwd=Path(__file__).parent,
-        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    assert run.stdout.splitlines() == [
+    env = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    output = run_script(script, cwd=Path(__file__).parent, env=env)
+    assert output.splitlines() == [
         str([3 * 64 * 16, 4 * 16]),
         str([16, 16, 4 * 16, 16]),
     ]
@@ -478,16 +464,16 @@ for devices in (64, 65):
 @pytest.mark.parametrize(
     ("shape", "all_reduces"),
     [
-        ((64, 8, 8, 16), [16, 32, 32]),  # of which one for sums about 0, else all
+        ((64, 8, 8, 16), [16, 32, 32]),  # with sums about 0 in one of two branches
         ((512, 16), [16, 32]),
         ((8, 16), [16, 32]),
     ],
     ids=str,
 )
 def test_sharded_jit_does_not_gather_x(shape, all_reduces):
-    """Two all-reduces, of the shift and of the sums about it.
+    """The two all-reduces are of the shift and of the sums about the shift.
 
-    Where the sample for the shift lies on one device its rows may be dealt out.
+    If the sample for the shift lies on one device, JAX may permute it.
     """
     where = NamedSharding(mesh(), P("data"))
     x = jax.ShapeDtypeStruct(shape, jnp.float32, sharding=where)

@@ -1,4 +1,4 @@
-"""PyTorch's own layers as the oracle of `batch_norm`, option by option."""
+"""Compare `batch_norm` with the layers of PyTorch, option by option."""
 
 from functools import partial
 from typing import Any
@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import assert_near
 
 import jaxbn
 from jaxbn import convert
@@ -14,7 +15,7 @@ from jaxbn import convert
 torch: Any = pytest.importorskip("torch")
 
 C = 3
-SHAPES = {"1d rows": (6, C), "1d": (4, C, 5), "2d": (4, C, 2, 3), "3d": (2, C, 2, 3, 2)}
+SHAPES = {"1d flat": (6, C), "1d": (4, C, 5), "2d": (4, C, 2, 3), "3d": (2, C, 2, 3, 2)}
 
 
 @pytest.fixture(autouse=True)
@@ -33,8 +34,8 @@ def make_layer(rng, kind, **options):
     return layer
 
 
-def theirs(layer, x, dy):
-    """y and the gradients of x, weight and bias."""
+def torch_step(layer, x, dy):
+    """Return y and the gradients of x, weight and bias."""
     x = torch.tensor(x, requires_grad=True)
     layer.zero_grad()
     y = layer(x)
@@ -44,7 +45,7 @@ def theirs(layer, x, dy):
 
 
 @partial(jax.jit, static_argnames=("train", "momentum"))
-def ours(params, state, x, dy, train, momentum):
+def jaxbn_step(params, state, x, dy, train, momentum):
     def call(params, x):
         return jaxbn.batch_norm(params, state, x, train, axis=1, momentum=momentum)
 
@@ -53,15 +54,7 @@ def ours(params, state, x, dy, train, momentum):
     return (y, dx, jax.tree.leaves(dparams)), state
 
 
-def assert_same(actual, expected):
-    def close(a, b):
-        size = np.abs(np.asarray(b)).max()
-        np.testing.assert_allclose(a, b, rtol=0, atol=2e-5 * size)
-
-    jax.tree.map(close, actual, expected)
-
-
-ROWS = [
+OPTIONS = [
     (kind, momentum, affine, track)
     for kind in ("1d", "2d", "3d")
     for momentum in (0.1, None)
@@ -71,16 +64,16 @@ ROWS = [
 
 
 @pytest.mark.parametrize(
-    ("kind", "momentum", "affine", "track"), [*ROWS, ("1d rows", 0.1, True, True)]
+    ("kind", "momentum", "affine", "track"), [*OPTIONS, ("1d flat", 0.1, True, True)]
 )
-def test_the_layers_of_torch(kind, momentum, affine, track, rng):
-    """Three steps of training, then inference: y, every gradient, the statistics."""
+def test_batch_norm_matches_torch_layers(kind, momentum, affine, track, rng):
+    """y, gradients and statistics of three training steps and inference agree."""
     layer = make_layer(
         rng, kind, momentum=momentum, affine=affine, track_running_stats=track
     )
     if track:
         params, state = convert.from_torch(layer.state_dict())
-    else:  # there is no state: ours is thrown away, and train=True in both modes
+    else:  # without running statistics, both modes are train=True and drop the state
         params, state = jaxbn.init(C)
         vectors = (jnp.array(p.detach().numpy()) for p in layer.parameters())
         params = jaxbn.BatchNormParams(*(vectors if affine else (None, None)))
@@ -89,20 +82,20 @@ def test_the_layers_of_torch(kind, momentum, affine, track, rng):
         layer.train(train)
         x = (0.7 + 1.9 * rng.normal(size=SHAPES[kind])).astype(np.float32)
         dy = rng.normal(size=x.shape).astype(np.float32)
-        expected = theirs(layer, x, dy)
+        expected = torch_step(layer, x, dy)
         mode = train or not track
-        share = convert.torch_momentum(momentum) if mode else 0.99  # which has no part
-        actual, new_state = ours(params, state, x, dy, mode, share)
-        assert_same(actual, expected)
+        keep = convert.torch_momentum(momentum) if mode else 0.99  # 0.99 is not used
+        actual, new_state = jaxbn_step(params, state, x, dy, mode, keep)
+        assert_near(actual, expected, 2e-5)
         state = new_state if track else state
         if track:
-            assert_same(state.mean, layer.running_mean.numpy())
-            assert_same(state.var, layer.running_var.numpy())
+            assert_near(state.mean, layer.running_mean.numpy(), 2e-5)
+            assert_near(state.var, layer.running_var.numpy(), 2e-5)
             assert int(state.count) == int(layer.num_batches_tracked)
 
 
-def test_converted_statistics_do_not_follow_the_layer(rng):
-    """PyTorch writes its buffers in place, and NumPy views of them follow."""
+def test_from_torch_copies_the_statistics(rng):
+    """PyTorch updates its buffers in place, which NumPy views would show."""
     layer = make_layer(rng, "2d")
     x = torch.tensor(rng.normal(size=SHAPES["2d"]).astype(np.float32))
     layer(x)
@@ -115,7 +108,7 @@ def test_converted_statistics_do_not_follow_the_layer(rng):
     assert not np.array_equal(state.mean, layer.running_mean.numpy())
 
 
-def test_a_state_dict_comes_back_in_its_dtypes_and_loads_strictly(rng):
+def test_to_torch_tree_keeps_dtypes_and_loads_strictly(rng):
     net = torch.nn.Sequential(
         torch.nn.Conv2d(2, C, 1), make_layer(rng, "2d"), torch.nn.LayerNorm(3)
     )
@@ -138,7 +131,7 @@ def test_a_state_dict_comes_back_in_its_dtypes_and_loads_strictly(rng):
 
 
 @pytest.mark.parametrize("make", [lambda t: t.bfloat16(), lambda t: t.requires_grad_()])
-def test_tensors_that_numpy_cannot_read(make, rng):
+def test_from_torch_rejects_tensors_unreadable_by_numpy(make, rng):
     state_dict = make_layer(rng, "1d").state_dict()
     state_dict["running_mean"] = make(state_dict["running_mean"])
     with pytest.raises(TypeError, match=r"readable as a NumPy array; got Tensor"):

@@ -1,4 +1,4 @@
-"""Every order of derivative, and every transformation of JAX."""
+"""Test derivatives of each order and the transformations of JAX."""
 
 from typing import Any
 
@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import TOLERANCE, assert_close, rounded, run
+from helpers import TOLERANCE, assert_close, rounded, run, saved_residuals
 from jax.test_util import check_grads
 from oracle import random_case, train_step
 
@@ -18,7 +18,7 @@ MASK = np.array([1, 1, 0, 1, 0.5, 2, 1, 0])[:, None]
 
 
 def loss_of(case, **options) -> Any:
-    """A scalar that depends on all that batch_norm returns, in ways not linear."""
+    """Return a scalar function, nonlinear in every result of batch_norm."""
     dy, dmean, dvar = map(jnp.asarray, (case.dy, case.dmean, case.dvar))
 
     def loss(scale, bias, mean, var, x):
@@ -38,14 +38,14 @@ def small(rng, x64):
 
 @pytest.mark.parametrize("mask", [None, MASK], ids=["all", "masked"])
 @pytest.mark.parametrize("autodiff", ["custom_vjp", "jax"])
-def test_numerical_gradients_to_second_order(mask, autodiff, small):
+def test_gradients_match_finite_differences_to_second_order(mask, autodiff, small):
     loss, arguments = loss_of(small, mask=mask, autodiff=autodiff)
     modes = ("fwd", "rev") if autodiff == "jax" else ("rev",)
     check_grads(jax.jit(loss), arguments, order=2, modes=modes, rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("mask", [None, MASK], ids=["all", "masked"])
-def test_closed_form_and_plain_autodiff_agree_to_third_order(mask, small):
+def test_closed_form_matches_plain_autodiff_to_third_order(mask, small):
     closed, arguments = loss_of(small, mask=mask)
     plain, _ = loss_of(small, mask=mask, autodiff="jax")
     x = len(arguments) - 1
@@ -72,8 +72,8 @@ def test_hessian_vector_product_is_jvp_of_grad(small, rng):
 
 
 @pytest.mark.parametrize("autodiff", ["custom_vjp", "jax"])
-def test_hessian_at_a_constant_channel(autodiff, small):
-    """The clip of m2 at 0 must not clip its curvature."""
+def test_hessian_is_exact_at_a_constant_feature(autodiff, small):
+    """The clip of m2 at 0 does not clip its curvature."""
     _, state = jaxbn.init(2, param_dtype=jnp.float64)
     params = jaxbn.BatchNormParams(None, None)
 
@@ -85,7 +85,7 @@ def test_hessian_at_a_constant_channel(autodiff, small):
     np.testing.assert_allclose(hessian, 2 / 5 * (np.eye(5) - 1 / 5), atol=1e-12)
 
 
-def test_jvp_and_linearize_by_plain_autodiff(small, rng):
+def test_plain_autodiff_supports_jvp_and_linearize(small, rng):
     loss, arguments = loss_of(small, autodiff="jax")
     tangents = tuple(jnp.asarray(rng.normal(size=a.shape)) for a in arguments)
     _, tangent = jax.jvp(loss, arguments, tangents)
@@ -96,7 +96,7 @@ def test_jvp_and_linearize_by_plain_autodiff(small, rng):
     np.testing.assert_allclose(linear(*tangents), expected, rtol=1e-10)
 
 
-def test_forward_mode_of_the_closed_form_is_refused_by_jax(small):
+def test_closed_form_rejects_forward_mode(small):
     loss, arguments = loss_of(small)
     with pytest.raises(TypeError, match="custom_vjp"):
         jax.jvp(loss, arguments, arguments)
@@ -104,8 +104,8 @@ def test_forward_mode_of_the_closed_form_is_refused_by_jax(small):
 
 @pytest.mark.parametrize("train", [True, False])
 @pytest.mark.parametrize("dtype", [jnp.complex64, jnp.complex128])
-def test_complex_input(train, dtype, rng, x64):
-    """σ² = E|x - μ|²: real and imaginary part together."""
+def test_complex_input_has_one_real_variance(train, dtype, rng, x64):
+    """σ² = E|x - μ|² adds the real and the imaginary part."""
     x = rng.normal(size=(20, 3)) + 1j * rng.normal(size=(20, 3)) + (2 - 1j)
     scale, bias = rng.normal(size=(2, 3)) + 1j * rng.normal(size=(2, 3))
     params = jaxbn.BatchNormParams(jnp.asarray(scale, dtype), jnp.asarray(bias, dtype))
@@ -142,7 +142,7 @@ def test_complex_input_makes_a_real_mean_complex(rng):
 
 
 @pytest.mark.parametrize("autodiff", ["custom_vjp", "jax"])
-def test_no_gradient_flows_to_the_mask(autodiff, small):
+def test_mask_has_zero_gradient(autodiff, small):
     def loss(mask, x):
         loss, arguments = loss_of(small, mask=mask, autodiff=autodiff)
         return loss(*arguments[:4], x)
@@ -156,7 +156,7 @@ def test_no_gradient_flows_to_the_mask(autodiff, small):
 # Transformations
 
 
-def test_vmap_is_a_loop(rng):
+def test_vmap_matches_single_calls(rng):
     cases = [rounded(random_case(rng, (6, 4, 3)), "float32") for _ in range(3)]
     stacked = jax.tree.map(
         lambda *a: np.stack(a), *[c._replace(batches=0) for c in cases]
@@ -196,14 +196,10 @@ def test_gradients_pass_through_control_flow_and_remat(wrap, small):
     loss, arguments = loss_of(small)
     expected = jax.grad(loss, range(5))(*arguments)
     actual = jax.grad(wrap(loss), range(5))(*arguments)
-    jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-12),
-        actual,
-        expected,
-    )
+    chex.assert_trees_all_close(actual, expected, rtol=1e-9, atol=1e-12)
 
 
-def test_remat_absorbs_the_batch_once(rng):
+def test_remat_updates_the_running_statistics_once(rng):
     params, state = jaxbn.init(3)
     x = jnp.asarray(rng.normal(size=(7, 3)), jnp.float32)
 
@@ -216,7 +212,7 @@ def test_remat_absorbs_the_batch_once(rng):
     np.testing.assert_allclose(new.mean, 0.01 * np.asarray(x).mean(0), rtol=1e-5)
 
 
-def test_scan_over_layers_differentiates(small):
+def test_scan_over_layers_has_the_gradients_of_a_loop(small):
     _, state = jaxbn.init(2, param_dtype=jnp.float64)
     layers = jnp.stack([jnp.asarray(small.scale), jnp.asarray(small.bias)] * 2)
     layers = layers.reshape(2, 2, 2)
@@ -242,7 +238,7 @@ def test_scan_over_layers_differentiates(small):
         np.testing.assert_allclose(a, b, rtol=1e-10, atol=1e-13)
 
 
-def test_a_second_call_does_not_retrace(rng):
+def test_second_call_does_not_retrace(rng):
     params, state = jaxbn.init(3)
     x = jnp.asarray(rng.normal(size=(7, 3)), jnp.float32)
 
@@ -259,7 +255,7 @@ def test_a_second_call_does_not_retrace(rng):
 
 @pytest.mark.usefixtures("unchecked_types")  # np.bool_ is no bool
 def test_eager_calls_share_one_compilation(rng):
-    """Equal options given as other kinds (list, NumPy scalar) are the same program."""
+    """Equal options of another type (list, NumPy scalar) reuse the program."""
     jitted: Any = module._batch_norm
 
     params, state = jaxbn.init(3)
@@ -272,7 +268,7 @@ def test_eager_calls_share_one_compilation(rng):
     assert jitted._cache_size() == 1
 
 
-def test_numpy_in_jax_out(rng):
+def test_numpy_arguments_return_jax_arrays(rng):
     case = rounded(random_case(rng, (5, 3)), "float32")
     numpy: Any = (case.scale, case.bias, case.mean, case.var, 3)
     params = jaxbn.BatchNormParams(*numpy[:2])
@@ -285,23 +281,23 @@ def test_numpy_in_jax_out(rng):
     assert all(isinstance(a, jax.Array) for a in jax.tree.leaves((y, new)))
 
 
-def test_disable_jit(rng):
+def test_batch_norm_works_without_jit(rng):
     case = rounded(random_case(rng, (6, 3)), "float32")
     with jax.disable_jit():
         actual = run(case, transform=lambda f: f)
     assert_close(actual, train_step(case), TOLERANCE["float32"])
 
 
-# What the backward keeps
+# Residuals of the backward pass
 
 
-def bytes_kept(vjp):
-    """Sizes of the distinct arrays that a vjp closes over, by shape."""
-    leaves = {id(a): a for a in jax.tree.leaves(vjp)}
-    return [(a.shape, a.dtype, a.size) for a in leaves.values()]
+def large_residuals(function, params, x, size=8):
+    """Return shape and dtype of each saved array of more than `size` entries."""
+    saved = saved_residuals(function, params, x)
+    return [(a.shape, a.dtype) for a in saved if a.size > size]
 
 
-def chain(params, state, x, mask=None):
+def train(params, state, x, mask=None):
     return jaxbn.batch_norm(params, state, x, True, mask=mask)[0]
 
 
@@ -310,30 +306,27 @@ def chain(params, state, x, mask=None):
 def test_residuals_are_x_once_and_vectors(dtype, wrap, rng):
     params, state = jaxbn.init(8)
     x = jnp.asarray(rng.normal(size=(16, 4, 8)), dtype)
-    _, vjp = jax.vjp(lambda p, x: wrap(chain)(p, state, x), params, x)
-    large = [(shape, kind) for shape, kind, size in bytes_kept(vjp) if size > 8]
+    large = large_residuals(lambda p, x: wrap(train)(p, state, x), params, x)
     assert large == [(x.shape, x.dtype)]
 
 
-def test_a_mask_is_kept_in_its_own_dtype(rng):
+def test_mask_residual_keeps_its_dtype(rng):
     params, state = jaxbn.init(8)
     x = jnp.asarray(rng.normal(size=(16, 4, 8)), jnp.bfloat16)
     mask = jnp.asarray(rng.random(x.shape) < 0.7)
-    _, vjp = jax.vjp(lambda p, x: chain(p, state, x, mask), params, x)
-    large = {(shape, kind) for shape, kind, size in bytes_kept(vjp) if size > 8}
-    assert large == {(x.shape, x.dtype), (x.shape, mask.dtype)}
+    large = large_residuals(lambda p, x: train(p, state, x, mask), params, x)
+    assert set(large) == {(x.shape, x.dtype), (x.shape, mask.dtype)}
 
 
-def test_residuals_of_a_scan_over_layers_are_x_once_each(rng):
+def test_scan_residuals_are_x_once_per_layer(rng):
     params, state = jaxbn.init(8)
     x = jnp.asarray(rng.normal(size=(16, 4, 8)), jnp.bfloat16)
 
     def deep(params, x):
         def layer(x, _):
-            return chain(params, state, x), None
+            return train(params, state, x), None
 
         return jax.lax.scan(layer, x, None, length=5)[0]
 
-    _, vjp = jax.vjp(deep, params, x)
-    large = [(shape, kind) for shape, kind, size in bytes_kept(vjp) if size > 5 * 8]
+    large = large_residuals(deep, params, x, size=5 * 8)
     assert large == [((5, *x.shape), x.dtype)]

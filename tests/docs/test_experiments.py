@@ -1,4 +1,4 @@
-"""What the experiments compute, against NumPy, and what they promise their readers."""
+"""Check the experiments against NumPy, and their results against the page."""
 
 import re
 from pathlib import Path
@@ -30,7 +30,7 @@ def data(rng) -> lab.Digits:
 
 
 def some_model(rng, norm, depth=3):
-    """As `init` makes it, with random scale and bias in the place of ones and zeros."""
+    """Return a model of `init` with noise added to all parameters."""
     params, state = lab.init(jax.random.key(0), norm, depth, WIDTH)
 
     def shake(a):
@@ -40,7 +40,7 @@ def some_model(rng, norm, depth=3):
 
 
 def forward(params, x, norm, skips=False):
-    """In float64, layer by layer: what enters each activation, and the logits."""
+    """Return inputs of activations, last activations and logits, in float64."""
     x, inputs = np.asarray(x, np.float64), []
     (kernel, affine), (kernels, affines), head = jax.tree.map(np.float64, params)
     layers = [(kernel, affine)]
@@ -57,7 +57,7 @@ def forward(params, x, norm, skips=False):
 
 @pytest.mark.parametrize("skips", [False, True])
 @pytest.mark.parametrize("norm", [False, True])
-def test_the_network_is_what_it_says(rng, data, norm, skips):
+def test_network_matches_numpy(rng, data, norm, skips):
     params, state = some_model(rng, norm)
     logits, _, inputs = lab.network(params, state, data.images, True, skips=skips)
     expected, _, expected_logits = forward(params, data.images, norm, skips)
@@ -65,7 +65,7 @@ def test_the_network_is_what_it_says(rng, data, norm, skips):
     np.testing.assert_allclose(logits, expected_logits, atol=1e-4)
 
 
-def test_noise_is_added_in_every_layer(rng, data):
+def test_network_adds_noise_in_every_layer(rng, data):
     params, state = some_model(rng, norm=True)
     noise = jnp.asarray(rng.normal(size=(3, ROWS, WIDTH)), jnp.float32)
     *_, inputs = lab.network(params, state, data.images, True, noise=noise)
@@ -76,7 +76,7 @@ def test_noise_is_added_in_every_layer(rng, data):
     np.testing.assert_allclose(unnoised.mean(1), affine.bias, atol=1e-4)
 
 
-def test_initial_weights_are_he_s_or_of_the_deviation_asked_for():
+def test_init_draws_weights_of_the_given_deviation():
     key = jax.random.key(0)
     (kernel, _), (kernels, _), _ = lab.init(key, True, depth=4)[0]
     np.testing.assert_allclose(kernel.std(), (2 / 784) ** 0.5, rtol=0.02)
@@ -86,8 +86,8 @@ def test_initial_weights_are_he_s_or_of_the_deviation_asked_for():
 
 
 @pytest.mark.parametrize("norm", [False, True])
-def test_a_step_of_sgd(rng, data, norm):
-    """The head's gradient is hᵀ(softmax - one hot) / rows; the state absorbs z."""
+def test_sgd_step_matches_closed_form(rng, data, norm):
+    """The head's gradient is hᵀ(softmax - one hot) / rows; z updates the state."""
     model, rate = some_model(rng, norm), 0.3
     rows = np.array([[0, 3, 4, 7, 9, 11]])
     (params, state), losses = lab.sgd(model, data, jnp.asarray(rows), rate)
@@ -105,7 +105,7 @@ def test_a_step_of_sgd(rng, data, norm):
     assert len(inputs) == 3
 
 
-def test_fit_is_sgd_looked_at_now_and_then(rng, data):
+def test_fit_observes_sgd_every_few_steps(rng, data):
     models = lab.inits(2, True, 2, WIDTH)
     rows = np.stack([lab.draw_rows(seed, 6, 4, ROWS) for seed in range(2)])
     rates = np.array([0.1, 0.2])
@@ -122,7 +122,7 @@ def test_fit_is_sgd_looked_at_now_and_then(rng, data):
         np.testing.assert_allclose(losses[run].ravel(), expected, atol=1e-5)
 
 
-def test_accuracy_is_by_the_running_statistics(rng, data):
+def test_accuracy_uses_running_statistics(rng, data):
     params, state = some_model(rng, norm=True)
     _, state, _ = lab.network(params, state, data.images, True, momentum=0.0)
     logits, *_ = lab.network(params, state, data.images[:1], False)
@@ -130,7 +130,7 @@ def test_accuracy_is_by_the_running_statistics(rng, data):
     assert lab.accuracy((params, state), first) == 1
 
 
-def test_rows_come_once_an_epoch():
+def test_draw_rows_has_each_row_once_per_epoch():
     rows = lab.draw_rows(seed=0, steps=7, batch=4, population=13)
     assert rows.shape == (7, 4)
     for epoch in (rows[:3], rows[3:6]):
@@ -142,32 +142,37 @@ def test_rows_come_once_an_epoch():
     ("findings", "word"),
     [((True, True), "held here"), ((True, False), "held in part"), ((0, 0), "did not")],
 )
-def test_the_verdict_follows_the_findings(findings, word):
+def test_verdict_follows_findings(findings, word):
     line, answers = lab.verdict("x is y.", dict(zip(("a", "b"), findings, strict=True)))
     assert f"x is y. It {word}" in line
     assert [answer[:3] == "yes" for answer in answers] == [*map(bool, findings)]
 
 
-def test_a_report_ends_with_the_claim_and_is_written(tmp_path, capsys):
+def test_report_writes_files_and_prints_verdict(tmp_path, capsys):
     args = lab.Arguments(quick=False, full=False, output=tmp_path / "new")
     claim = "x is y.", {"found 3": True}
     lab.report(args, "some", Figure(), [["a", "b"], ["1", "2"]], claim)
     expected = "Claim: x is y. It held here."
-    assert capsys.readouterr().out.splitlines()[-1] == f"{expected} yes: found 3."
+    assert capsys.readouterr().out.endswith(f"\n{expected}\n- yes: found 3\n")
     assert (tmp_path / "new" / "some.png").stat().st_size > 0
     text = (tmp_path / "new" / "some.md").read_text()
     table = "| a | b |\n| --- | --- |\n| 1 | 2 |\n"
     assert text == f"{table}\n**{expected}**\n\n- yes: found 3\n"
 
 
-def test_a_quick_run_claims_nothing(tmp_path, capsys):
+def test_quick_report_has_no_verdict(tmp_path, capsys):
     args = lab.Arguments(quick=True, full=False, output=tmp_path)
     lab.report(args, "some", Figure(), [["a"]], ("x is y.", {"found": True}))
-    assert capsys.readouterr().out.splitlines()[-1].startswith("Too short to say: ")
+    out, file = capsys.readouterr().out, (tmp_path / "some.md").read_text()
+    assert out.splitlines()[-1].startswith("Too short to say: ")
+    for shown in (out, file):
+        assert "Too short" in shown
+        assert "held" not in shown
+        assert "found" not in shown
 
 
 @pytest.mark.parametrize("norm", [False, True])
-def test_feature_scaling_finds_the_least_squares(rng, norm):
+def test_feature_scaling_minimum_is_least_squares(rng, norm):
     x = (rng.normal(size=(50, 2)) * [5, 0.2] + 3).astype(np.float32)
     target = rng.normal(size=50).astype(np.float32)
     best, curvature = feature_scaling.minimum((x, target), norm)
@@ -178,7 +183,7 @@ def test_feature_scaling_finds_the_least_squares(rng, norm):
     np.testing.assert_allclose(curvature, x.T @ x / 50, rtol=1e-3, atol=1e-4)
 
 
-def test_feature_scaling_descends_as_a_quadratic_does(rng):
+def test_feature_scaling_descent_matches_quadratic(rng):
     """w_t - w* = (1 - rate · curvature)^t (w_0 - w*)."""
     x = rng.normal(size=(50, 2)).astype(np.float32)
     data = x, rng.normal(size=50).astype(np.float32)
@@ -190,7 +195,7 @@ def test_feature_scaling_descends_as_a_quadratic_does(rng):
     np.testing.assert_allclose(left, [1, 0], atol=1e-5)
 
 
-def test_width_and_symmetry_of_an_image():
+def test_feature_scaling_features_of_known_images():
     image = np.zeros((28, 28))
     image[5:9, 10:13] = image[19:23, 15:18] = 1  # the second is the first turned
     upper = np.where(np.arange(28)[:, None] < 14, image, 0)
@@ -201,8 +206,8 @@ def test_width_and_symmetry_of_an_image():
 
 
 @pytest.mark.parametrize("rate", [0.4, 0.8, 1.1])
-def test_two_layers_that_shift_take_the_way_twice(rng, rate):
-    """Off by (1 - 2·rate)^t; with batch norm between them by (1 - rate)^t."""
+def test_covariate_shift_layers_double_the_step(rng, rate):
+    """The error is (1 - 2·rate)^t, or (1 - rate)^t with batch norm between them."""
     x = rng.normal(size=(100, 1)).astype(np.float32)
     x = (x - x.mean()) / x.std()
     for norm, factor in ((False, 1 - 2 * rate), (True, 1 - rate)):
@@ -210,39 +215,39 @@ def test_two_layers_that_shift_take_the_way_twice(rng, rate):
         np.testing.assert_allclose(way, 1 - factor ** np.arange(12), atol=1e-3)
 
 
-def test_a_way_s_fate():
+def test_covariate_shift_fate_classifies_paths():
     fate = internal_covariate_shift.fate
     assert fate(jnp.array([0, 0.5, 0.9])) == "straight"
     assert fate(jnp.array([0, 1.5, 0.9])) == "zigzags"
     assert fate(jnp.array([0, 2.2, -4.0])) == "diverges"
 
 
-def test_when_a_goal_is_reached():
+def test_reached_returns_first_point_or_infinity():
     curves = np.array([[0.1, 0.6, 0.5], [0.1, 0.2, 0.3]])
     np.testing.assert_array_equal(lab.reached(curves, 0.5), [2, np.inf])
     assert lab.spread(lab.reached(curves, 0.5)) == "reached by 1 of 2"
 
 
-def test_the_drift_of_a_median_is_in_spreads():
+def test_covariate_shift_drift_is_relative_to_percentile_range():
     percentiles = np.array([[[-1, 0, 1], [0, 3, 4]]], float)[
         ..., None
     ]  # 1 run, 2 times
     np.testing.assert_allclose(internal_covariate_shift.drift(percentiles), 3 / 4)
 
 
-def test_bisection_brackets_the_limit_of_each_seed():
+def test_bisect_brackets_limit_per_seed():
     limits = np.array([0.02, 0.5, 31.0])
     found = learning_rate_and_initialization.bisect(lambda r: r < limits, 3, halvings=6)
     assert (found < limits).all()
     assert (limits <= found * 10 ** (4 / 2**6) * (1 + 1e-9)).all()
 
 
-def test_the_best_of_rates_is_by_the_mean_over_seeds():
+def test_best_rate_has_highest_mean_over_seeds():
     scores = np.array([[0.1, 0.9], [0.6, 0.6], [0.5, 0.5]])
     assert learning_rate_and_initialization.best(scores) == 1
 
 
-def test_what_enters_the_layers_before_training(rng, data):
+def test_before_training_measures_match_numpy(rng, data):
     models = lab.inits(2, False, before_training.DEPTH)
     mean2, var, norms, gradients = before_training.at_start(models, data, False)
     params = jax.tree.map(lambda a: a[1], models[0])
@@ -255,15 +260,15 @@ def test_what_enters_the_layers_before_training(rng, data):
     )
 
 
-def test_ratios_over_layers_and_gradients():
+def test_before_training_ratios_of_known_arrays():
     layers = np.array([[2.0, 4.0, 16.0]])
     assert before_training.growth(layers) == 8
     assert before_training.explosion(layers) == 1 / 8
     assert before_training.tail(np.array([[0.0, 1.0, 2.0, 10.0]])) == 5
 
 
-def test_a_probe_looks_along_the_gradient(rng, data):
-    """Loss at x - t·rate·g; how far g goes; the steepest of its changes."""
+def test_loss_landscape_probe_follows_gradient(rng, data):
+    """Loss at x - t·rate·g, changes of the gradient, and the steepest change."""
     model, rate = some_model(rng, norm=True), 0.1
     gradient, loss = jax.jit(jax.grad(lab.loss, has_aux=True)), jax.jit(lab.loss)
     g, _ = gradient(*model, data)
@@ -283,7 +288,7 @@ def flat(tree):
     return jnp.concatenate([a.ravel() for a in jax.tree.leaves(tree)])
 
 
-def test_noise_has_a_distribution_for_each_unit_and_step():
+def test_loss_landscape_noise_differs_by_unit_and_step():
     key, draw = jax.random.key(0), loss_landscape.draw_noise
     noise = np.asarray(draw(key, 0))
     means, deviations = noise.mean(1), noise.std(1)
@@ -293,19 +298,19 @@ def test_noise_has_a_distribution_for_each_unit_and_step():
     assert abs(means - np.asarray(draw(key, 1)).mean(1)).mean() > 0.2
 
 
-def test_a_shift_is_in_deviations(rng, data):
+def test_loss_landscape_shift_is_in_standard_deviations(rng, data):
     model = lab.init(jax.random.key(0), True, loss_landscape.DEPTH)
     shape = (loss_landscape.DEPTH, ROWS, 100)
     calm, moved = jnp.zeros(shape), jnp.ones(shape)
     found = loss_landscape.shift(data.images, (model, calm), (model, moved))
-    # Batch norm gives std 1, and takes off what the layers before it were moved by.
+    # Batch norm gives std 1, and removes the shift of the layers before it.
     middle = lab.network(*model, data.images, True, noise=calm)[2][shape[0] // 2]
     alive = np.asarray(middle.std(0)) > 0.5
     assert alive.mean() > 0.9
     np.testing.assert_allclose(found["shift of means"], 1, rtol=0.2)
 
 
-def test_errors_of_statistics(rng):
+def test_batch_noise_errors_of_scaled_statistics(rng):
     shapes = (3,), (4, 3)
     mean, var = ([jnp.asarray(rng.uniform(1, 2, s)) for s in shapes] for _ in "mv")
     counts = [jnp.zeros(s[:-1]) for s in shapes]
@@ -318,8 +323,8 @@ def test_errors_of_statistics(rng):
     np.testing.assert_allclose(var, np.log(1.1), rtol=1e-5)
 
 
-def test_the_noise_of_batches(rng, data):
-    """Of the first layer's mean, against NumPy; of the whole set, none."""
+def test_batch_noise_matches_numpy(rng, data):
+    """The noise of the first layer's mean; without sampling there is none."""
     model = some_model(rng, norm=True)
     rows = rng.integers(ROWS, size=(50, 4))
     found = batch_noise_and_population.noise(model, data, data.images[0], rows)
@@ -333,8 +338,8 @@ def test_the_noise_of_batches(rng, data):
 
 
 @pytest.mark.parametrize("axis_name", [None, "groups"])
-def test_groups_share_a_gradient_and_perhaps_statistics(rng, data, axis_name):
-    """After a step by the gradient of the mean over groups, the second loss."""
+def test_small_batches_step_uses_mean_gradient(rng, data, axis_name):
+    """The second loss follows a step along the gradient of the mean over groups."""
     model = some_model(rng, norm=True)
     rows = np.stack([rng.permutation(ROWS).reshape(3, 4) for _ in range(2)])
     found = small_batches.fit((data, data), model, jnp.asarray(rows), axis_name)
@@ -355,15 +360,13 @@ def test_groups_share_a_gradient_and_perhaps_statistics(rng, data, axis_name):
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "why_batch_norm.md").read_text()
-SCRIPTS = {path.stem: path.read_text() for path in (ROOT / "examples").glob("[!_]*.py")}
-NAMES = [
-    n for n, text in SCRIPTS.items() if re.search("^(from|import) _exp", text, re.M)
-]
+PATHS = sorted((ROOT / "examples" / "experiments").glob("[!_]*.py"))
+SCRIPTS = {path.stem: path.read_text() for path in PATHS}
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_each_experiment_is_on_the_page_with_what_it_wrote(name):
-    assert f"    python examples/{name}.py\n" in PAGE
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_page_includes_each_experiment(name):
+    assert f"    python examples/experiments/{name}.py\n" in PAGE
     assert f"](experiments/{name}.png)" in PAGE
     assert f'--8<-- "{name}.md"' in PAGE
     assert (ROOT / "docs" / "experiments" / f"{name}.png").exists()
@@ -375,7 +378,7 @@ def written(name):
     return (ROOT / "docs" / "experiments" / f"{name}.md").read_text()
 
 
-def test_the_figures_of_the_summary_are_those_of_the_experiments():
+def test_page_summary_matches_experiments():
     sections = re.split(r"^## (?=\d\. )", PAGE, flags=re.MULTILINE)[1:]
     results = {
         section[0]: "".join(map(written, re.findall(r'--8<-- "(\w+)\.md"', section)))

@@ -1,4 +1,4 @@
-"""The README says what is so: its example runs, its claims have values."""
+"""Test the example, the snippets and the numbers of the README."""
 
 import inspect
 import re
@@ -8,18 +8,15 @@ import jax
 import numpy as np
 from flax import linen as nn
 from flax import nnx
+from pages import code_blocks
 
 import jaxbn
 
 README = (Path(__file__).parents[2] / "README.md").read_text()
 
 
-def blocks(language):
-    return re.findall(rf"^```{language}\n(.*?)^```", README, re.DOTALL | re.MULTILINE)
-
-
-def test_the_example_learns_its_target():
-    source, *_ = blocks("python")
+def test_example_learns_its_target():
+    source, *_ = code_blocks(README)
     assert len([line for line in source.splitlines() if line]) == 12
     names = {}
     with jax.numpy_dtype_promotion("standard"):  # optax needs it
@@ -30,22 +27,22 @@ def test_the_example_learns_its_target():
 
 
 def run_snippet(number, **names):
-    source = blocks("python")[number]
+    source = code_blocks(README)[number]
     assert len([line for line in source.splitlines() if line]) <= 3
     exec(source, names)
     return names
 
 
 class Switched(nn.Module):
-    """A linen model that holds the README's snippet."""
+    """Run the linen snippet of the README inside a model."""
 
     @nn.compact
     def __call__(self, x):
         return run_snippet(1, x=x, train=True)["y"]
 
 
-def test_switching_a_flax_model_over(rng):
-    """Each of the three ways does without Flax's cancelling variance."""
+def test_switched_flax_models_have_unit_deviation(rng):
+    """None of the three ways has the cancelling variance of Flax."""
     x = (1e4 + rng.normal(size=(64, 64))).astype(np.float32)
     y, _ = Switched().init_with_output(jax.random.key(0), x)
     np.testing.assert_allclose(y.std(0), 1, rtol=1e-4)
@@ -66,14 +63,14 @@ def test_switching_a_flax_model_over(rng):
     np.testing.assert_allclose(after["nnx_model"](x).std(0), 1, rtol=1e-4)
 
 
-def test_the_quick_start_is_two_lines():
-    block, *_ = blocks("sh")
+def test_quick_start_has_two_commands():
+    block, *_ = code_blocks(README, "sh")
     run, test = block.splitlines()
     assert run == "pip install -e '.[examples]' && python examples/quickstart.py"
     assert test == "pip install -e '.[test]' && pytest"
 
 
-def test_the_option_table_has_the_defaults():
+def test_option_table_states_the_defaults():
     parameters = inspect.signature(jaxbn.batch_norm).parameters
     rows = dict(re.findall(r"^\| (`[^|]+`) \| (`[^|]+`) \|", README, re.MULTILINE))
     for names, default in rows.items():
@@ -82,10 +79,10 @@ def test_the_option_table_has_the_defaults():
             assert parameters[name].default == stated, name
 
 
-def test_what_the_initial_statistics_weigh_after_100_steps(rng):
+def test_initial_statistics_keep_37_percent_after_100_steps(rng):
     params, state = jaxbn.init(1)
     x = rng.normal(size=(8, 1)).astype(np.float32)
-    x = (x - x.mean()) / x.std()  # what the batches add to the mean is 0
+    x = (x - x.mean()) / x.std()  # the batches add 0 to the mean
 
     def step(state, _):
         return jaxbn.batch_norm(params, state, x, True)[1], None
@@ -95,8 +92,8 @@ def test_what_the_initial_statistics_weigh_after_100_steps(rng):
     np.testing.assert_allclose(after.mean, 0.37, atol=0.005)
 
 
-def test_against_flax_and_pytorch_in_numbers(rng):
-    """`momentum` and `unbiased` as the table translates them."""
+def test_momentum_and_unbiased_reproduce_pytorch_and_flax(rng):
+    """The table translates both options."""
     x = rng.normal(size=(10, 3)).astype(np.float32)
     params, state = jaxbn.init(3)
     _, torch_like = jaxbn.batch_norm(params, state, x, True, momentum=0.9)

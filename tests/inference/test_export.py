@@ -1,7 +1,8 @@
-"""Programs for platforms that are not here: `jax.export`, written and read again."""
+"""Test `jax.export` of programs for several platforms, serialized and loaded."""
 
 import re
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,13 +14,13 @@ from jaxbn import BatchNormParams, BatchNormState
 from jaxbn._core.reductions import MIN_SIZE_FOR_COND
 
 PLATFORMS = ("cpu", "cuda", "tpu")
-ROWS, IN, OUT = 4096, 3, 5
-assert ROWS * OUT >= MIN_SIZE_FOR_COND  # so that the platforms' forms differ
+BATCH, IN, OUT = 4096, 3, 5
+assert BATCH * OUT >= MIN_SIZE_FOR_COND  # so that the platforms have different forms
 
-# Of the process, as JAX wants it: what reads the file must register the same names.
-for kind in (BatchNormParams, BatchNormState):
-    name = f"jaxbn.{kind.__name__}"
-    export.register_namedtuple_serialization(kind, serialized_name=name)
+# JAX registers types once per process; loading needs the same names.
+for cls in (BatchNormParams, BatchNormState):
+    name = f"jaxbn.{cls.__name__}"
+    export.register_namedtuple_serialization(cls, serialized_name=name)
 
 
 def inference(params, state, x):
@@ -28,7 +29,7 @@ def inference(params, state, x):
 
 
 def train_step(params, state, x):
-    """A whole one: the forward and its gradient, new parameters and statistics."""
+    """Return the loss, new parameters by one gradient step, and new statistics."""
 
     def loss(params):
         x_norm = x @ params["kernel"]
@@ -47,45 +48,41 @@ def variables(rng):
     return params, BatchNormState(mean, var, jnp.int32(7))
 
 
-def inputs(rng, rows=ROWS, mean=0.0):
-    return jnp.asarray(mean + rng.normal(size=(rows, IN)), jnp.float32)
+def inputs(rng, batch=BATCH, mean=0.0):
+    return jnp.asarray(mean + rng.normal(size=(batch, IN)), jnp.float32)
 
 
-def shapes(rng, rows):
-    x = jax.ShapeDtypeStruct(export.symbolic_shape(f"{rows}, {IN}"), jnp.float32)
+def shapes(rng, batch):
+    x = jax.ShapeDtypeStruct(export.symbolic_shape(f"{batch}, {IN}"), jnp.float32)
     return *jax.eval_shape(lambda: variables(rng)), x
 
 
-def export_for(platforms, function, rng, rows: int | str = ROWS):
-    return export.export(jax.jit(function), platforms=platforms)(*shapes(rng, rows))
+def export_for(platforms, function, rng, batch: int | str = BATCH):
+    return export.export(jax.jit(function), platforms=platforms)(*shapes(rng, batch))
 
 
 @pytest.mark.parametrize("function", [inference, train_step])
-@pytest.mark.parametrize("rows", [64, ROWS, "batch"])
-def test_a_loaded_program_does_what_the_function_does(function, rows, rng):
-    written = export_for(PLATFORMS, function, rng, rows).serialize()
-    loaded = export.deserialize(written)
+@pytest.mark.parametrize("batch", [64, BATCH, "batch"])
+def test_loaded_program_matches_the_function(function, batch, rng):
+    serialized = export_for(PLATFORMS, function, rng, batch).serialize()
+    loaded = export.deserialize(serialized)
     assert loaded.platforms == PLATFORMS
     call, function = jax.jit(loaded.call), jax.jit(function)
-    sizes = (ROWS, 2 * ROWS + 1, 2) if rows == "batch" else (rows,)
+    sizes = (BATCH, 2 * BATCH + 1, 2) if batch == "batch" else (batch,)
     for size in sizes:
-        for mean in (0, 30):  # sums about 0, and about the mean of a sample
+        for mean in (0, 30):  # sums about 0, then about the mean of a sample
             arguments = *variables(rng), inputs(rng, size, mean)
             assert_same(call(*arguments), function(*arguments))
 
 
 def assert_same(actual, expected):
-    def same(a, b):
-        assert a.dtype == b.dtype
-        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
-
-    assert jax.tree.structure(actual) == jax.tree.structure(expected)
-    jax.tree.map(same, actual, expected)
+    chex.assert_trees_all_equal_shapes_and_dtypes(actual, expected)
+    chex.assert_trees_all_close(actual, expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("train", [True, False])
 @pytest.mark.parametrize("shape", ["b, 3", "b, h, 4, 3"])
-def test_export_with_a_symbolic_batch(shape, train, rng):
+def test_symbolic_batch_export_matches_the_function(shape, train, rng):
     params, state = jaxbn.init(3)
     symbolic = jax.ShapeDtypeStruct(export.symbolic_shape(shape), jnp.float32)
 
@@ -98,12 +95,11 @@ def test_export_with_a_symbolic_batch(shape, train, rng):
     exported = export.export(value_and_gradient, platforms=PLATFORMS)(symbolic)
     exported = export.deserialize(exported.serialize())
     x = jnp.asarray(rng.normal(size=(7, 5, 4, 3)[-symbolic.ndim :]), jnp.float32)
-    for actual, expected in zip(exported.call(x), value_and_gradient(x), strict=True):
-        np.testing.assert_allclose(actual, expected, rtol=1e-4, atol=1e-5)
+    assert_same(exported.call(x), value_and_gradient(x))
 
 
-def test_a_loaded_layer_is_differentiated_by_its_exported_vjp(rng):
-    """Asked for by `vjp_order`: what is loaded is a program without a custom_vjp."""
+def test_loaded_layer_is_differentiated_by_its_exported_vjp(rng):
+    """The loaded program has no custom_vjp; `vjp_order` exports the derivative."""
 
     def forward(params, state, x):
         y, new = jaxbn.batch_norm(params["norm"], state, x @ params["kernel"], True)
@@ -126,27 +122,27 @@ def test_a_loaded_layer_is_differentiated_by_its_exported_vjp(rng):
         gradients(without.call)(*arguments)
 
 
-# Which form of the sums is where.
+# The forms of the sums in exported programs.
 
 
 BARRIER = "stablehlo.optimization_barrier"
 
 
-def choices(module, what="stablehlo.reduce"):
-    """The branches of each choice with `what`, in StableHLO's text; inner ones too."""
+def choices(module, operation="stablehlo.reduce"):
+    """Yield the branches of each `case` with `operation`, nested cases included."""
     for start in re.finditer(r'^( *)\S.*"stablehlo\.case".*\(\{\n', module, re.M):
         end = module.index(f"\n{start[1]}}})", start.end())
         body = module[start.end() : end]
-        if what in body:
+        if operation in body:
             yield body.split(f"\n{start[1]}}}, {{\n")
 
 
-@pytest.mark.parametrize("rows", [ROWS, "batch"])
-def test_each_platform_has_its_form_in_the_common_program(rows, rng):
-    module = export_for(PLATFORMS, train_step, rng, rows).mlir_module()
+@pytest.mark.parametrize("batch", [BATCH, "batch"])
+def test_common_program_contains_the_form_of_each_platform(batch, rng):
+    module = export_for(PLATFORMS, train_step, rng, batch).mlir_module()
     by_platform = [branches for branches in choices(module) if len(branches) == 3]
     near_zero = [branches for branches in choices(module) if len(branches) == 2]
-    assert len(by_platform) == len(near_zero) == 2  # in the forward, in the backward
+    assert len(by_platform) == len(near_zero) == 2  # forward and backward
     barriers = 0
     for cpu, cuda, default in by_platform:
         assert [len(branches) for branches in choices(cpu)] == [2]
@@ -154,25 +150,25 @@ def test_each_platform_has_its_form_in_the_common_program(rows, rng):
         assert [("complex" in form) for form in (cpu, cuda, default)] == [0, 1, 0]
         barriers += cpu.count(BARRIER)
     for cpu, *others in choices(module, BARRIER):
-        if "stablehlo.reduce" not in cpu:  # vectors for the pass over x, not sums
+        if "stablehlo.reduce" not in cpu:  # barriers for vectors, outside the sums
             assert not any(BARRIER in other for other in others)
             barriers += cpu.count(BARRIER)
     assert module.count(BARRIER) == barriers > 0
 
 
-@pytest.mark.parametrize("rows", [ROWS, "batch"])
+@pytest.mark.parametrize("batch", [BATCH, "batch"])
 @pytest.mark.parametrize("platform", PLATFORMS)
-def test_a_program_for_one_platform_has_one_form(platform, rows, rng):
-    module = export_for([platform], train_step, rng, rows).mlir_module()
+def test_single_platform_program_contains_one_form(platform, batch, rng):
+    module = export_for([platform], train_step, rng, batch).mlir_module()
     branches = {len(branches) for branches in choices(module)}
     assert branches == ({1, 2} if platform == "cpu" else {1})
     assert (BARRIER in module) == (platform == "cpu")
     assert ("complex" in module) == (platform == "cuda")
 
 
-def test_a_cpu_that_loads_the_common_program_compiles_its_own_form(rng):
+def test_cpu_compiles_only_its_form_of_the_common_program(rng):
     loaded = export.deserialize(export_for(PLATFORMS, train_step, rng).serialize())
-    compiled = jax.jit(loaded.call).lower(*shapes(rng, ROWS)).compile()
+    compiled = jax.jit(loaded.call).lower(*shapes(rng, BATCH)).compile()
     text = compiled.as_text() or ""
-    assert len(re.findall(r" conditional\(", text)) == 2  # near zero, or not
+    assert len(re.findall(r" conditional\(", text)) == 2  # forward and backward
     assert "c64[" not in text

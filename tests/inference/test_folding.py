@@ -1,8 +1,9 @@
-"""Inference as an affine map, folded into layers and into models."""
+"""Test inference as an affine map and its folding into layers and models."""
 
 from itertools import cycle
 from typing import Any, NamedTuple
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,6 +11,7 @@ import pytest
 from flax import linen as nn
 from flax import nnx
 from flax_helpers import assert_same, randomize
+from helpers import assert_near
 from jax import lax
 from jax.test_util import check_grads
 
@@ -18,42 +20,29 @@ from jaxbn import BatchNormParams, BatchNormState
 from jaxbn.linen import skip_folded
 
 EPSILON = 1e-3
-BIAS = (False, True)  # by turns: each test compiles its layer
+BIAS = (False, True)  # alternated, because each test compiles its layer
 
 
 def batch_norm_variables(rng, features, dtype: Any = np.float64):
-    """Random, with negative scales among them."""
+    """Draw random variables with positive and negative scales."""
     scale, bias, mean = rng.normal(size=(3, *features)).astype(dtype)
     var = rng.uniform(0.1, 3.0, size=features).astype(dtype)
     return BatchNormParams(scale, bias), BatchNormState(mean, var, jnp.int32(7))
 
 
 def normalized(y, params, state):
-    """The oracle: inference of the features last in y, in NumPy float64."""
+    """Return the inference of y, with features last, in NumPy float64."""
     y, mean, var = (np.asarray(a, np.float64) for a in (y, state.mean, state.var))
     scale = 1 if params.scale is None else np.asarray(params.scale, np.float64)
     bias = 0 if params.bias is None else np.asarray(params.bias, np.float64)
     return scale * (y - mean) / np.sqrt(var + EPSILON) + bias
 
 
-def assert_alike(tree, other):
-    """The same structure, shapes and dtypes."""
-    shapes = [jax.tree.map(lambda a: (a.shape, a.dtype), t) for t in (tree, other)]
-    assert shapes[0] == shapes[1]
-
-
-def assert_near(actual, expected, tolerance=1e-5):
-    actual, expected = (np.asarray(a, np.float64) for a in (actual, expected))
-    assert actual.shape == expected.shape
-    size = np.abs(expected).max()
-    np.testing.assert_allclose(actual, expected, rtol=0, atol=tolerance * size)
-
-
 # The function.
 
 
 class Layer(NamedTuple):
-    """A linear layer of plain JAX: x's shape, the kernel's, and where it has C = 4."""
+    """Describe a linear layer of plain JAX; `axis` is where the kernel has C = 4."""
 
     apply: Any
     x: tuple[int, ...]
@@ -108,7 +97,7 @@ LAYERS = {
 
 @pytest.mark.parametrize("name", LAYERS)
 @pytest.mark.usefixtures("x64")
-def test_folded_layers_do_both(name, rng):
+def test_folded_layer_includes_the_batch_norm(name, rng):
     layer = LAYERS[name]
     x, kernel = (jnp.asarray(rng.normal(size=s)) for s in (layer.x, layer.kernel))
     features = tuple(np.take(layer.kernel, np.atleast_1d(layer.axis)))
@@ -125,8 +114,8 @@ def test_folded_layers_do_both(name, rng):
 
 
 @pytest.mark.usefixtures("x64")
-def test_a_bias_for_every_position_keeps_its_shape(rng):
-    """That of Flax's ConvLocal, and of DenseGeneral with batch dimensions."""
+def test_fold_keeps_the_shape_of_a_bias_per_position(rng):
+    """ConvLocal and DenseGeneral with batch dimensions have such a bias."""
     params, state = batch_norm_variables(rng, (4,))
     bias = rng.normal(size=(5, 6, 4))
     _, folded = jaxbn.fold(np.ones((3, 4)), bias, params, state, epsilon=EPSILON)
@@ -134,7 +123,7 @@ def test_a_bias_for_every_position_keeps_its_shape(rng):
 
 
 @pytest.mark.parametrize("dtype", ["float8_e4m3fn", "bfloat16", "float16", "float32"])
-def test_it_computes_in_float32_whatever_the_dtype(dtype, rng):
+def test_fold_computes_in_float32_for_narrow_dtypes(dtype, rng):
     kernel, bias = (
         jnp.asarray(rng.normal(size=s), jnp.float32).astype(dtype)
         for s in ((3, 3, 4), (4,))
@@ -149,7 +138,7 @@ def test_it_computes_in_float32_whatever_the_dtype(dtype, rng):
 
 
 @pytest.mark.parametrize("used", [(True, True), (True, False), (False, True)])
-def test_affine_without_scale_or_bias(used, rng):
+def test_inference_affine_works_without_scale_or_bias(used, rng):
     params, state = batch_norm_variables(rng, (5, 2), np.float32)
     params = BatchNormParams(
         *(p if u else None for p, u in zip(params, used, strict=True))
@@ -161,7 +150,7 @@ def test_affine_without_scale_or_bias(used, rng):
     assert_near(y, normalized(x, params, state), 1e-6)
 
 
-def test_affine_is_inference_of_batch_norm(rng):
+def test_inference_affine_matches_batch_norm(rng):
     params, state = batch_norm_variables(rng, (5,), np.float32)
     x = jnp.asarray(rng.normal(size=(7, 5)), jnp.float32)
     scale, offset = (v[None] for v in jaxbn.inference_affine(params, state))
@@ -169,7 +158,7 @@ def test_affine_is_inference_of_batch_norm(rng):
     assert_near(x * scale + offset, y, 1e-6)
 
 
-def test_affine_rounds_more_where_the_mean_is_large(rng):
+def test_inference_affine_is_less_accurate_at_a_large_mean(rng):
     params, state = batch_norm_variables(rng, (5,), np.float32)
     state = state._replace(mean=1e4 + state.mean, var=0.5 + 0 * state.var)
     x = jnp.asarray(state.mean + rng.normal(size=(1000, 5)), jnp.float32)
@@ -185,7 +174,7 @@ def test_affine_rounds_more_where_the_mean_is_large(rng):
     assert errors[1] < 1e-2 * errors[0]
 
 
-def test_a_constant_channel_without_epsilon_becomes_its_bias():
+def test_fold_of_a_constant_feature_without_epsilon_is_its_bias():
     params = BatchNormParams(jnp.full(2, 3.0), jnp.array([5.0, 7.0]))
     state = BatchNormState(jnp.full(2, 2.0), jnp.zeros(2), jnp.int32(1))
     kernel, bias = jaxbn.fold(jnp.ones((3, 2)), None, params, state, epsilon=0.0)
@@ -194,7 +183,7 @@ def test_a_constant_channel_without_epsilon_becomes_its_bias():
 
 
 @pytest.mark.usefixtures("x64")
-def test_it_is_differentiable_and_maps_over_stacked_layers(rng):
+def test_fold_is_differentiable_and_supports_vmap(rng):
     params, state = batch_norm_variables(rng, (4,))
     kernel, bias = rng.normal(size=(3, 4)), rng.normal(size=4)
 
@@ -208,11 +197,11 @@ def test_it_is_differentiable_and_maps_over_stacked_layers(rng):
     np.testing.assert_allclose(both, loss(kernel, params), rtol=1e-12)
 
 
-# What cannot be folded.
+# Errors.
 
 
 def fold_with(kernel=(3, 4), bias=None, features=(4,), axis: Any = -1, **changes):
-    """A call of `fold` with one thing wrong."""
+    """Call `fold` with one wrong argument."""
     rng = np.random.default_rng(0)
     params, state = batch_norm_variables(rng, features, np.float32)
     for name, value in changes.items():
@@ -241,19 +230,19 @@ def fold_with(kernel=(3, 4), bias=None, features=(4,), axis: Any = -1, **changes
         ({"axis": (1, -1)}, ValueError, "each feature axis once; .*for the kernel"),
     ],
 )
-def test_errors(wrong, error, match):
+def test_fold_rejects_wrong_arguments(wrong, error, match):
     with pytest.raises(error, match=match):
         fold_with(**wrong)
 
 
-def test_errors_of_the_affine_map(rng):
+def test_inference_affine_rejects_wrong_arguments(rng):
     params, state = batch_norm_variables(rng, (4,), np.float32)
     with pytest.raises(ValueError, match="epsilon must not be negative"):
         jaxbn.inference_affine(params, state, -1.0)
     damaged = state._replace(var=-state.var)
     with pytest.raises(ValueError, match="running variance must not be negative"):
         jaxbn.inference_affine(params, damaged)
-    jax.jit(jaxbn.inference_affine)(params, damaged)  # traced: not seen
+    jax.jit(jaxbn.inference_affine)(params, damaged)  # traced values are not checked
 
 
 # linen.
@@ -274,7 +263,7 @@ LINEN = {
         nn.ConvTranspose(4, (3, 3), (2, 2), transpose_kernel=True), (2, 3, 3, 3), -2
     ),
 }  # fmt: skip
-# Their own bias has more axes than the norm's features.
+# The bias of these layers has more axes than the features of the norm.
 WIDE_BIAS = {"DenseGeneral", "DenseGeneral, batched", "ConvLocal"}
 LINEN_NORMS = (nn.BatchNorm, jaxbn.linen.BatchNorm)
 
@@ -294,11 +283,11 @@ class Unfolded(nn.Module):
 
 @pytest.mark.usefixtures("standard_promotion")
 @pytest.mark.parametrize(("name", "use_bias"), [*zip(LINEN, cycle(BIAS))])
-def test_linen_layers(name, use_bias, rng):
+def test_linen_fold_supports_each_layer(name, use_bias, rng):
     layer, shape, axis = LINEN[name]
     layer = layer.clone(use_bias=use_bias, parent=None)
     x = jnp.asarray(rng.normal(size=shape), jnp.float32)
-    norm = LINEN_NORMS[use_bias]  # each of them
+    norm = LINEN_NORMS[use_bias]  # alternated too
     model = Unfolded(layer, norm)
     variables = random_variables(rng, model, x)
     expected = jax.jit(model.apply)(variables, x)
@@ -316,7 +305,7 @@ def test_linen_layers(name, use_bias, rng):
 
 
 class Block(nn.Module):
-    """Layers as models have them: nested, after an activation, in a residual block."""
+    """Nest layers as models do: after an activation and in a residual block."""
 
     dtype: Any = None
 
@@ -345,12 +334,12 @@ PAIRS = {
 
 @pytest.fixture
 def net(rng, standard_promotion):
-    """A trained linen model: variables and input."""
+    """Return variables and an input of a linen model."""
     x = jnp.asarray(rng.normal(size=(2, 5, 5, 3)), jnp.float32)
     return random_variables(rng, Net(), x), x
 
 
-def test_a_linen_model_by_paths(net):
+def test_linen_fold_takes_paths_of_nested_layers(net):
     variables, x = net
     before = jax.tree.map(jnp.copy, variables)
     pairs = dict(list(PAIRS.items())[:2]) | {
@@ -369,24 +358,25 @@ def test_a_linen_model_by_paths(net):
     expected = apply(variables, x)
     with skip_folded():
         assert_near(apply(folded, x), expected)
-        assert_same(apply(variables, x), expected, 1e-6)  # unfolded ones as ever
-        assert_alike(jax.eval_shape(Net().init, jax.random.key(0), x), before)
+        assert_same(apply(variables, x), expected, 1e-6)  # unfolded norms still apply
+        initial = jax.eval_shape(Net().init, jax.random.key(0), x)
+        chex.assert_trees_all_equal_shapes_and_dtypes(initial, before)
 
 
-def test_outside_of_skip_folded_flax_says_what_is_missing(net):
+def test_folded_linen_model_fails_outside_skip_folded(net):
     variables, x = net
     with pytest.raises(Exception, match='"mean" for collection "batch_stats"'):
         Net().apply(jaxbn.linen.fold(variables, PAIRS), x)
 
 
-def test_pairs_may_be_folded_one_after_the_other(net):
+def test_linen_fold_of_single_pairs_equals_fold_of_all(net):
     folded = variables = net[0]
     for layer, norm in PAIRS.items():
         folded = jaxbn.linen.fold(folded, {layer: norm})
     assert_same(folded, jaxbn.linen.fold(variables, PAIRS), 0)
 
 
-def test_a_layer_that_computes_in_bfloat16_still_does(net):
+def test_folded_bfloat16_layer_matches_the_model(net):
     variables, x = net
     block = {name: tree["Block_0"] for name, tree in variables.items()}
     pairs = {"Conv_0": "BatchNorm_0", "Conv_1": "BatchNorm_1"}
@@ -398,7 +388,7 @@ def test_a_layer_that_computes_in_bfloat16_still_does(net):
 
 
 class Scaled(nn.BatchNorm):
-    """Somebody's own layer, on top of Flax's."""
+    """Extend the layer of Flax, as user code may."""
 
     @nn.compact
     def __call__(self, x, use_running_average=None, *, mask=None):
@@ -406,7 +396,7 @@ class Scaled(nn.BatchNorm):
 
 
 @pytest.mark.usefixtures("standard_promotion")
-def test_only_what_flax_does_is_skipped(rng):
+def test_skip_folded_keeps_the_code_of_subclasses(rng):
     x = jnp.asarray(rng.normal(size=(6, 3)), jnp.float32)
     model = nn.Sequential([nn.Dense(4, use_bias=False), Scaled(True)])
     variables = random_variables(rng, model, x)
@@ -419,7 +409,7 @@ def test_only_what_flax_does_is_skipped(rng):
 
 
 @pytest.mark.usefixtures("standard_promotion")
-def test_boxes_stay_around_what_was_in_them(rng):
+def test_linen_fold_keeps_partitioning_boxes(rng):
     x = jnp.asarray(rng.normal(size=(6, 3)), jnp.float32)
     kernel_init = nn.with_partitioning(nn.initializers.normal(), (None, "model"))
     scale_init = nn.with_partitioning(nn.initializers.normal(), ("model",))
@@ -448,7 +438,7 @@ def test_boxes_stay_around_what_was_in_them(rng):
         ({"Dense_0": "Block_0/BatchNorm_0"}, "features of the layer before it"),
     ],
 )
-def test_errors_of_linen_pairs(pairs, match, net):
+def test_linen_fold_rejects_wrong_pairs(pairs, match, net):
     variables, _ = net
     before = jax.tree.map(jnp.copy, variables)
     with pytest.raises(ValueError, match=match):
@@ -456,7 +446,7 @@ def test_errors_of_linen_pairs(pairs, match, net):
     assert_same(variables, before, 0)
 
 
-def test_a_damaged_linen_checkpoint_is_named(net):
+def test_linen_fold_error_names_the_damaged_pair(net):
     variables, _ = net
     damaged = jax.tree.map(jnp.copy, variables)
     stats = damaged["batch_stats"]["Block_1"]["BatchNorm_0"]
@@ -468,7 +458,7 @@ def test_a_damaged_linen_checkpoint_is_named(net):
     assert_same(damaged, before, 0)
 
 
-def test_linen_variables_without_batch_norm(net):
+def test_linen_fold_rejects_variables_without_batch_norm(net):
     variables, _ = net
     with pytest.raises(ValueError, match="There are: none"):
         jaxbn.linen.fold({"params": variables["params"]}, PAIRS)
@@ -503,7 +493,7 @@ def randomized(rng, model):
 
 @pytest.mark.usefixtures("standard_promotion")
 @pytest.mark.parametrize(("name", "use_bias"), [*zip(NNX, cycle(BIAS))])
-def test_nnx_layers(name, use_bias, rng):
+def test_nnx_fold_supports_each_layer(name, use_bias, rng):
     kind, args, options, shape = NNX[name]
 
     def build(use_bias):
@@ -520,13 +510,13 @@ def test_nnx_layers(name, use_bias, rng):
     assert_same(nnx.to_pure_dict(nnx.state(model)), before, 0)
     assert_same(apply(model), expected, 0)
     with_bias = nnx.eval_shape(lambda: build(True)).layers[0]
-    assert_alike(
+    chex.assert_trees_all_equal_shapes_and_dtypes(
         *(nnx.to_pure_dict(nnx.state(m)) for m in (folded.layers[0], with_bias))
     )
 
 
 class Residual(nnx.Module):
-    """A block that is no Sequential, with one that is inside."""
+    """Hold layers as attributes and others in a Sequential."""
 
     def __init__(self, rngs: nnx.Rngs):
         self.conv = nnx.Conv(3, 3, (3, 3), use_bias=False, rngs=rngs)
@@ -541,7 +531,7 @@ class Residual(nnx.Module):
 
 
 class Tower(nnx.Module):
-    """Blocks in a list, of which two are one."""
+    """Hold blocks in a list, one of them twice."""
 
     def __init__(self, rngs: nnx.Rngs):
         self.blocks = nnx.List([Residual(rngs), Residual(rngs)])
@@ -567,7 +557,7 @@ def norms_in(model):
     return sum(isinstance(node, nnx.BatchNorm) for _, node in nodes)
 
 
-def test_an_nnx_model_by_sequentials_and_by_paths(tower):
+def test_nnx_fold_takes_sequentials_and_paths(tower):
     model, x = tower
     apply = nnx.jit(lambda model: model(x))
     expected = apply(model)
@@ -581,14 +571,14 @@ def test_an_nnx_model_by_sequentials_and_by_paths(tower):
         "heads.main.0": "heads.main.1",
     }
     folded = jaxbn.nnx.fold(half, pairs)
-    assert norms_in(folded) == 2  # those before a layer
+    assert norms_in(folded) == 2  # the norms that precede a layer
     assert_near(apply(folded), expected)
     assert_near(apply(nnx.view(folded, use_running_average=True)), expected)
     assert_same(apply(model), expected, 0)
 
 
 class Held(nnx.Module):
-    """A layer with which it does more than what its Sequential shows."""
+    """Call the layers of a Sequential again by other attributes."""
 
     def __init__(self, rngs: nnx.Rngs):
         self.linear, self.norm = (
@@ -602,7 +592,7 @@ class Held(nnx.Module):
 
 
 @pytest.mark.usefixtures("standard_promotion")
-def test_what_else_holds_a_layer_keeps_it(rng):
+def test_nnx_fold_leaves_layers_held_elsewhere_unfolded(rng):
     model = randomized(rng, nnx.eval_shape(lambda: Held(nnx.Rngs(0))))
     x = jnp.asarray(rng.normal(size=(4, 3)), jnp.float32)
     apply = nnx.jit(lambda model: model(x))
@@ -610,7 +600,7 @@ def test_what_else_holds_a_layer_keeps_it(rng):
 
 
 @pytest.mark.usefixtures("standard_promotion")
-def test_one_norm_after_two_layers(rng):
+def test_nnx_fold_supports_one_norm_after_two_layers(rng):
     layers = [nnx.Linear(3, 3, rngs=nnx.Rngs(i)) for i in range(2)]
     norm = nnx.BatchNorm(3, rngs=nnx.Rngs(0))
     model = randomized(rng, nnx.Sequential(layers[0], norm, nnx.relu, layers[1], norm))
@@ -652,18 +642,18 @@ def sequential(norm: Any = nnx.BatchNorm, kind=nnx.Sequential, **options):
         (sequential(TwoTimes), {"layers.0": "layers.1"}, TypeError, "got TwoTimes"),
     ],
 )
-def test_errors_of_nnx_models(model, pairs, error, match):
+def test_nnx_fold_rejects_wrong_models(model, pairs, error, match):
     with pytest.raises(error, match=match):
         jaxbn.nnx.fold(model, pairs)
 
 
-def test_a_damaged_nnx_checkpoint_is_named(tower):
+def test_nnx_fold_error_names_the_damaged_pair(tower):
     model, _ = tower
     model.blocks[1].rest.layers[2].var[...] *= -1
     before = nnx.to_pure_dict(nnx.state(model))
     with pytest.raises(ValueError, match="must not be negative") as caught:
         jaxbn.nnx.fold(model)
-    where = "'blocks.1.rest.layers.2' into 'blocks.1.rest.layers.1'"
+    where = "'blocks/1/rest/layers/2' into 'blocks/1/rest/layers/1'"
     assert where in caught.value.__notes__[0]
     assert norms_in(model) == 7
     assert_same(nnx.to_pure_dict(nnx.state(model)), before, 0)

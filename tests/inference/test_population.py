@@ -1,9 +1,10 @@
-"""Population statistics: of one layer, and of every layer in a linen or nnx model."""
+"""Test population statistics of one layer and of every layer in a Flax model."""
 
 import itertools
 from functools import cache, partial
 from typing import Any
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,29 +13,30 @@ import pytest
 from flax import linen, nnx
 from flax.core import FrozenDict, freeze
 from flax_helpers import assert_same, randomize
+from helpers import assert_near
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
-from oracle import rows_first
+from oracle import flatten_elements
 
 import jaxbn
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")
 C = 3
-SIZES = (8, 8, 5, 1, 3)  # one batch has one row, and no variance
+SIZES = (8, 8, 5, 1, 3)  # the batch of one element has no unbiased variance
 VARIANCES = ("paper", "total")
 
 
 def oracle(batches, variance, axis=-1, weights=None):
-    """Mean and variance by the definitions, over all rows at once where it is total."""
-    rows = [rows_first(np.asarray(x, np.complex128), axis) for x in batches]
+    """Return mean and variance by definition; "total" takes all batches as one."""
+    flat = [flatten_elements(np.asarray(x, np.complex128), axis) for x in batches]
     if weights is None:
-        weights = [np.ones_like(x, np.float64) for x in rows]
-    x, w = np.concatenate(rows), np.concatenate(weights)
+        weights = [np.ones_like(x, np.float64) for x in flat]
+    x, w = np.concatenate(flat), np.concatenate(weights)
     mean = (w * x).sum(0) / w.sum(0)
     if variance == "total":
         return mean, (w * abs(x - mean) ** 2).sum(0) / (w.sum(0) - 1)
     total, count = 0.0, 0.0
-    for x, w in zip(rows, weights, strict=True):
+    for x, w in zip(flat, weights, strict=True):
         n = w.sum(0)
         squares = (w * abs(x - (w * x).sum(0) / n) ** 2).sum(0)
         total += np.where(n > 1, n * squares / np.where(n > 1, n - 1, 1), 0)
@@ -45,7 +47,7 @@ def oracle(batches, variance, axis=-1, weights=None):
 def draw(
     rng, sizes=SIZES, features=C, loc=0.7, dtype: Any = np.float32
 ) -> list[np.ndarray]:
-    """Batches whose means differ, so that the two variances do."""
+    """Draw batches of different means, so that the two variances differ."""
     return [
         (loc + 2 * rng.normal(size=features) + 1.9 * rng.normal(size=(n, features)))
         .astype(dtype)
@@ -54,15 +56,9 @@ def draw(
 
 
 def variables_of(model, *arguments, **keywords) -> Any:
-    """Random ones, of the shapes that `init` would give: nothing is compiled."""
+    """Draw random variables of the model without compiling its `init`."""
     init = partial(model.init, jax.random.key(0), *arguments, **keywords)
     return randomize(np.random.default_rng(1), jax.eval_shape(init))
-
-
-def assert_stats(actual, expected, tolerance):
-    for got, want in zip(actual, expected, strict=True):
-        atol = tolerance * abs(want).max()
-        np.testing.assert_allclose(got, want, rtol=0, atol=atol)
 
 
 # One layer.
@@ -72,33 +68,33 @@ def assert_stats(actual, expected, tolerance):
 @pytest.mark.parametrize(
     ("axis", "shape"), [(-1, (2, C)), (1, (C, 4)), ((2, 1), (C, 4))]
 )
-def test_the_statistics_of_one_layer(rng, variance, axis, shape):
+def test_population_matches_oracle_for_feature_axes(rng, variance, axis, shape):
     batches = [
         (rng.normal(size=shape) + rng.normal(size=(n, *shape))).astype(np.float32)
         for n in (4, 3)
     ]
     state = jaxbn.population(iter(batches), axis=axis, variance=variance)
-    assert_stats(state[:2], oracle(batches, variance, axis), 1e-6)
+    assert_near(state[:2], oracle(batches, variance, axis), 1e-6)
     assert (state.count, state.count.dtype) == (2, jnp.int32)
 
 
 @pytest.mark.parametrize("variance", VARIANCES)
-def test_a_short_last_batch_counts_for_its_rows_and_one_row_in_the_mean(rng, variance):
+def test_population_weights_batches_by_their_size(rng, variance):
     batches = draw(rng)
     state = jaxbn.population(batches, variance=variance)
-    assert_stats(state[:2], oracle(batches, variance), 1e-6)
+    assert_near(state[:2], oracle(batches, variance), 1e-6)
 
 
-def test_batches_of_one_size_give_the_formula_of_the_paper(rng):
+def test_equal_batches_match_the_formula_of_the_paper(rng):
     x = rng.normal(size=(6, 4, C))
     state = jaxbn.population(x.astype(np.float32))
-    assert_stats(state[:2], (x.mean((0, 1)), 4 / 3 * x.var(1).mean(0)), 1e-6)
+    assert_near(state[:2], (x.mean((0, 1)), 4 / 3 * x.var(1).mean(0)), 1e-6)
 
 
 @pytest.mark.parametrize("variance", VARIANCES)
 @pytest.mark.parametrize("kind", ["bool", "weights"])
-def test_masks(rng, variance, kind):
-    """What is masked may be NaN; a channel with one row in a batch has no variance."""
+def test_masks_match_oracle_and_hide_nan(rng, variance, kind):
+    """Masked elements are NaN, and each feature of the last batch has one element."""
     batches = draw(rng, (8, 8, 4))
     weights = [rng.integers(0, 2, size=(len(x), 1)) * np.ones(C) for x in batches]
     if kind == "weights":
@@ -108,51 +104,51 @@ def test_masks(rng, variance, kind):
     holed = [np.where(w > 0, x, np.nan) for w, x in zip(weights, batches, strict=True)]
     masks = [w > 0 if kind == "bool" else w.astype(np.float32) for w in weights]
     state = jaxbn.population(zip(holed, masks, strict=True), variance=variance)
-    assert_stats(state[:2], expected, 1e-6)
+    assert_near(state[:2], expected, 1e-6)
 
 
 @pytest.mark.parametrize("variance", VARIANCES)
-def test_a_large_mean(rng, variance):
+def test_population_is_accurate_at_a_large_mean(rng, variance):
     batches = [(1e4 + rng.normal(size=(256, C))).astype(np.float32) for _ in range(20)]
     state = jaxbn.population(batches, variance=variance)
     mean, var = oracle(batches, variance)
-    assert_stats(state[:1], (mean,), 1e-7)
-    # The means of the batches, in float32, are known to 5e-4.
-    assert_stats(state[1:2], (var,), 1e-5)
+    assert_near(state[:1], (mean,), 1e-7)
+    # In float32 the means of the batches are known to 5e-4.
+    assert_near(state[1:2], (var,), 1e-5)
 
 
 @pytest.mark.parametrize(
     ("dtype", "kept", "tolerance"),
     [("bfloat16", "float32", 1e-6), ("complex64", "complex64", 1e-6)],
 )
-def test_dtypes(rng, dtype, kept, tolerance):
+def test_population_dtypes_are_at_least_float32(rng, dtype, kept, tolerance):
     batches = [jnp.asarray(x, dtype) for x in draw(rng, (8, 5))]
     if dtype == "complex64":
         batches = [x + 1j * x[::-1] ** 2 for x in batches]
     state = jaxbn.population(batches)
     assert (state.mean.dtype, state.var.dtype) == (kept, "float32")
-    assert_stats(state[:2], oracle(batches, "paper"), tolerance)
+    assert_near(state[:2], oracle(batches, "paper"), tolerance)
 
 
 @pytest.mark.usefixtures("x64")
-def test_float64(rng):
+def test_float64_batches_give_float64_statistics(rng):
     batches = [x.astype(np.float64) + 1e3 for x in draw(rng, (8, 5))]
     state = jaxbn.population([batches[0].astype(np.float32), *batches[1:]])
     assert (state.mean.dtype, state.var.dtype) == ("float64", "float64")
     state = jaxbn.population(batches, variance="total")
-    assert_stats(state[:2], oracle(batches, "total"), 1e-11)
+    assert_near(state[:2], oracle(batches, "total"), 1e-11)
 
 
-@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
-def test_sharded_batches(rng, kind):
-    mesh = Mesh(np.array(jax.devices()), "data", axis_types=(kind,))
+@pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
+def test_population_accepts_sharded_batches(rng, axis_type):
+    mesh = Mesh(np.array(jax.devices()), "data", axis_types=(axis_type,))
     batches = draw(rng, (16, 16, 8))
-    spread = jax.device_put(batches, NamedSharding(mesh, P("data")))
-    state = jaxbn.population(spread, variance="total")
-    assert_stats(state[:2], oracle(batches, "total"), 1e-6)
+    sharded = jax.device_put(batches, NamedSharding(mesh, P("data")))
+    state = jaxbn.population(sharded, variance="total")
+    assert_near(state[:2], oracle(batches, "total"), 1e-6)
 
 
-def test_inference_by_it_is_inference_by_the_whole_data(rng):
+def test_inference_with_population_standardizes_the_data(rng):
     batches = draw(rng)
     params, _ = jaxbn.init(C)
     state = jaxbn.population(batches, variance="total")
@@ -161,8 +157,8 @@ def test_inference_by_it_is_inference_by_the_whole_data(rng):
     np.testing.assert_allclose(y.var(0, ddof=1), 1, atol=2e-5)
 
 
-def test_a_bounded_number_of_batches_and_their_progress(rng):
-    """No batch more than asked is read, and a bar knows how many there will be."""
+def test_max_batches_bounds_reads_and_progress(rng):
+    """No further batch is read, and a progress bar knows the number of batches."""
     batches, seen = draw(rng), []
 
     def progress(iterable):
@@ -171,15 +167,15 @@ def test_a_bounded_number_of_batches_and_their_progress(rng):
 
     stream = iter(batches * 2)
     state = jaxbn.population(stream, max_batches=2, progress=progress)
-    assert_stats(state[:2], oracle(batches[:2], "paper"), 1e-6)
+    assert_near(state[:2], oracle(batches[:2], "paper"), 1e-6)
     assert len(list(stream)) == 8
     for most in (3, 9):
         jaxbn.population(batches, max_batches=most, progress=progress)
     assert seen == [2, 3, 5]
 
 
-def test_batches_are_read_one_at_a_time(rng):
-    """A batch is dropped before the next but one is asked for."""
+def test_population_holds_one_batch_at_a_time(rng):
+    """At most one earlier batch is alive when a batch is read."""
     import weakref
 
     alive = []
@@ -199,7 +195,7 @@ def test_batches_are_read_one_at_a_time(rng):
 
 
 def forward(params, x):
-    """What each of the two layers gets, each batch normalized by its own statistics."""
+    """Return the inputs of both batch norms, which normalize by the batch."""
     seen = []
     for layer in ("first", "second"):
         dense, norm = params[f"{layer}_dense"], params[f"{layer}_norm"]
@@ -275,9 +271,9 @@ def run_nnx(norm, batches, options, **population) -> Any:
 
 
 MODELS = {
-    "linen ours": partial(run_linen, jaxbn.linen.BatchNorm),
+    "linen jaxbn": partial(run_linen, jaxbn.linen.BatchNorm),
     "linen Flax": partial(run_linen, linen.BatchNorm),
-    "nnx ours": partial(run_nnx, jaxbn.nnx.BatchNorm),
+    "nnx jaxbn": partial(run_nnx, jaxbn.nnx.BatchNorm),
     "nnx Flax": partial(run_nnx, nnx.BatchNorm),
 }
 
@@ -291,37 +287,37 @@ def assert_model(result, batches, variance="paper", tolerance=1e-5):
         got = stats[name]
         assert set(got) == {"mean", "var"}
         assert (got["mean"].dtype, got["var"].dtype) == ("float32", "float32")
-        assert_stats((got["mean"], got["var"]), want, tolerance)
+        assert_near((got["mean"], got["var"]), want, tolerance)
 
 
 @pytest.mark.parametrize("variance", VARIANCES)
 @pytest.mark.parametrize("name", MODELS)
-def test_each_batch_is_normalized_by_its_own_in_every_layer(rng, name, variance):
-    """Neither the mode, nor momentum, nor the statistics that were there matter."""
+def test_model_population_normalizes_each_batch_by_itself(rng, name, variance):
+    """The mode, the momentum and the old statistics do not matter."""
     batches = draw(rng, (8, 8, 5))
-    options = {"train": True, "momentum": 1.0} if "ours" in name else {}
+    options = {"train": True, "momentum": 1.0} if "jaxbn" in name else {}
     result = MODELS[name](batches, options, variance=variance)
     assert_model(result, batches, variance)
 
 
 @pytest.mark.parametrize("run", FLAX)
-def test_a_large_mean_in_a_model(rng, run):
-    """Which Flax's own variance would miss: the pass computes as jaxbn does."""
+def test_model_population_is_accurate_at_a_large_mean(rng, run):
+    """The pass computes the variance as jaxbn does; Flax's formula would cancel."""
     batches = draw(rng, (64, 64), loc=1e4)
     assert_model(run(batches, {}), batches, tolerance=1e-3)
 
 
 @pytest.mark.parametrize("run", FLAX)
-def test_sharded_batches_of_a_model(rng, run):
+def test_model_population_accepts_sharded_batches(rng, run):
     batches = draw(rng, (16, 16))
     mesh = Mesh(np.array(jax.devices()), "data")
-    spread = jax.device_put(batches, NamedSharding(mesh, P("data")))
-    assert_model(run(spread, {}), batches)
+    sharded = jax.device_put(batches, NamedSharding(mesh, P("data")))
+    assert_model(run(sharded, {}), batches)
 
 
 @pytest.mark.parametrize("run", FLAX)
-def test_calls_bounds_and_progress(rng, run):
-    """Batches of any structure, each shape compiled once, in later calls as well."""
+def test_model_population_applies_call_max_batches_and_progress(rng, run):
+    """Batches may have any structure; each shape is compiled once for all calls."""
     batches, traced, bars = draw(rng, (8, 8, 8, 5)), [], []
 
     def call(model, batch):
@@ -341,7 +337,7 @@ def test_calls_bounds_and_progress(rng, run):
 
 
 class LinenOdd(linen.Module):
-    """One layer called twice, with masks; one below a subclass; one not reached."""
+    """Call one layer twice, another in a subclass, and leave one unreached."""
 
     norm: Any
 
@@ -413,20 +409,20 @@ def odd_nnx(norm, batches):
         (odd_nnx, jaxbn.nnx.BatchNorm),
     ],
 )
-def test_shared_masked_inherited_and_unreached_layers(rng, run, norm):
-    """Each call is a batch; axis names that the training step mapped say nothing."""
+def test_model_population_supports_shared_and_unreached_layers(rng, run, norm):
+    """Each call counts as a batch, and axis names of the training step are ignored."""
     batches = draw(rng, (8, 8))
     masks = [rng.integers(0, 2, size=(len(x), 1)).astype(bool) for x in batches]
     params, before, new = run(norm, list(zip(batches, masks, strict=True)))
     params = jax.tree.map(lambda p: np.asarray(p, np.float64), params)
 
-    def apply(layer, x, rows):
-        x_hat = (x - rows.mean(0)) / np.sqrt(rows.var(0) + 1e-5)
+    def apply(layer, x, kept):
+        x_hat = (x - kept.mean(0)) / np.sqrt(kept.var(0) + 1e-5)
         return x_hat * params[layer]["scale"] + params[layer]["bias"]
 
     batches = [x.astype(np.float64) for x in batches]
     kept = [x[m[:, 0]] for x, m in zip(batches, masks, strict=True)]
-    below = [apply("twice", x, rows) for x, rows in zip(batches, kept, strict=True)]
+    below = [apply("twice", x, rest) for x, rest in zip(batches, kept, strict=True)]
     inputs = {
         "twice": [*kept, *(3 * x for x in batches)],
         "below": below,
@@ -434,12 +430,12 @@ def test_shared_masked_inherited_and_unreached_layers(rng, run, norm):
     }
     for name, seen in inputs.items():
         got = new[name]
-        assert_stats((got["mean"], got["var"]), oracle(seen, "paper"), 1e-5)
+        assert_near((got["mean"], got["var"]), oracle(seen, "paper"), 1e-5)
     assert_same(new["idle"], before["idle"], 0)
 
 
 @pytest.mark.parametrize("variance", VARIANCES)
-def test_a_channel_that_no_mask_leaves_stays_as_it_was(rng, variance):
+def test_fully_masked_feature_keeps_its_statistics(rng, variance):
     mask, batches = np.array([True, False, True]), draw(rng, (8, 8))
     model = linen.BatchNorm(use_running_average=True)
     variables = variables_of(model, batches[0])
@@ -456,8 +452,8 @@ def test_a_channel_that_no_mask_leaves_stays_as_it_was(rng, variance):
         np.testing.assert_allclose(new["batch_stats"][name], want, rtol=1e-5)
 
 
-def test_layers_that_count_batches_hold_their_number(rng):
-    """So that training with `momentum=None` goes on from an average of so many."""
+def test_model_population_sets_the_batch_count(rng):
+    """Training with `momentum=None` can then continue the average."""
     batches = draw(rng, (8, 8, 8))
     model = jaxbn.linen.BatchNorm(momentum=None)
     variables = variables_of(model, batches[0], False)
@@ -469,7 +465,7 @@ def test_layers_that_count_batches_hold_their_number(rng):
 
 
 @pytest.mark.parametrize("kind", [dict, FrozenDict])
-def test_containers_collections_dtypes_and_places_stay(rng, kind):
+def test_linen_population_keeps_containers_dtypes_and_shardings(rng, kind):
     batches = draw(rng, (8, 8))
     model = jaxbn.linen.BatchNorm(
         True, param_dtype=jnp.bfloat16, force_float32_reductions=False
@@ -480,7 +476,7 @@ def test_containers_collections_dtypes_and_places_stay(rng, kind):
     other = {"other": {"value": jnp.arange(3), "empty": {}}}
     variables = kind(variables | other)
     new = jaxbn.linen.population(model, variables, batches)
-    assert jax.tree.structure(new) == jax.tree.structure(variables)
+    chex.assert_trees_all_equal_structs(new, variables)
     assert new["params"]["scale"] is variables["params"]["scale"]
     assert new["other"]["value"] is variables["other"]["value"]
     for leaf in jax.tree.leaves(new["batch_stats"]):
@@ -488,7 +484,7 @@ def test_containers_collections_dtypes_and_places_stay(rng, kind):
         assert leaf.sharding == NamedSharding(mesh, P())
     frozen = {**variables, "batch_stats": freeze(dict(variables["batch_stats"]))}
     new = jaxbn.linen.population(model, frozen, batches)
-    assert jax.tree.structure(new) == jax.tree.structure(frozen)
+    chex.assert_trees_all_equal_structs(new, frozen)
 
 
 # Transformations inside a model.
@@ -526,9 +522,9 @@ LIFTS: dict[str, Any] = {
 
 
 def block_inputs(lift, variables, x) -> list[list[np.ndarray]]:
-    """What each set of statistics sees of one batch, by the blocks one after another.
+    """Return the inputs of one batch, as a list of calls for each set of statistics.
 
-    A list of calls for every set; sets along the stacked axis.
+    Layers stacked along an axis have one set each; shared layers have one set in all.
     """
     as64 = partial(jax.tree.map, lambda p: np.asarray(p, np.float64))
     params, x = as64(variables["params"]), np.asarray(x, np.float64)
@@ -556,17 +552,16 @@ NORMS = itertools.cycle((linen.BatchNorm, jaxbn.linen.BatchNorm))
 
 
 @pytest.mark.parametrize(("lift", "norm"), list(zip(LIFTS, NORMS, strict=False)))
-def test_lifted_transformations(lift, norm, rng):
+def test_linen_population_supports_lifted_transformations(lift, norm, rng):
     norm = partial(norm, axis_name="batch" if lift == "vmap sync" else "data")
     shape = (3, 8, C) if "vmap" in lift else (8, C)
     batches = [rng.normal(size=shape).astype(np.float32) for _ in range(2)]
     model = LIFTS[lift](Block)(norm)
-    made = (
-        Block(norm) if lift == "scan carry" else model
-    )  # it can't make what it carries
-    variables: Any = variables_of(made, batches[0])
+    # A scan cannot initialize the variables that it carries.
+    initialized = Block(norm) if lift == "scan carry" else model
+    variables: Any = variables_of(initialized, batches[0])
     new: Any = jaxbn.linen.population(model, variables, batches)
-    assert jax.tree.structure(new) == jax.tree.structure(variables)
+    chex.assert_trees_all_equal_structs(new, variables)
     seen = [block_inputs(lift, variables, x) for x in batches]
     sets = [list(itertools.chain(*calls)) for calls in zip(*seen, strict=True)]
     expected = [
@@ -574,19 +569,19 @@ def test_lifted_transformations(lift, norm, rng):
     ]
     (stats,) = new["batch_stats"].values()
     got = [np.reshape(stats[name], (-1, C)) for name in ("mean", "var")]
-    assert_stats(got, expected, 1e-5)
+    assert_near(got, expected, 1e-5)
 
 
 @linen.jit
 class Compiled(linen.Module):
-    """Its class is compiled, once for all its instances."""
+    """Compile the class once for all its instances."""
 
     @linen.compact
     def __call__(self, x):
         return linen.BatchNorm(use_running_average=False)(x)
 
 
-def test_compiled_classes_are_traced_anew_in_the_pass_and_after_it(rng):
+def test_linen_population_retraces_compiled_classes(rng):
     (x,) = draw(rng, (8,))
     model = Compiled()
     variables = variables_of(model, x)
@@ -594,17 +589,17 @@ def test_compiled_classes_are_traced_anew_in_the_pass_and_after_it(rng):
     before = step(variables, x)
     new: Any = jaxbn.linen.population(model, variables, [x])
     (stats,) = new["batch_stats"].values()
-    assert_stats((stats["mean"], stats["var"]), oracle([x], "paper"), 1e-5)
+    assert_near((stats["mean"], stats["var"]), oracle([x], "paper"), 1e-5)
     assert_same(step(variables, x), before, 0)
 
 
-def test_inside_replace_batch_norm(rng):
+def test_linen_population_works_inside_replace_batch_norm(rng):
     batches = draw(rng, (8, 8))
     with jaxbn.linen.replace_batch_norm():
         assert_model(run_linen(linen.BatchNorm, batches, {}), batches)
 
 
-def test_fields_that_cannot_be_hashed(rng):
+def test_linen_population_supports_unhashable_fields(rng):
     class Weighted(linen.Module):
         weights: Any
 
@@ -619,11 +614,11 @@ def test_fields_that_cannot_be_hashed(rng):
     new = jaxbn.linen.population(model, variables, batches)
     stats = new["batch_stats"]["BatchNorm_0"]
     expected = oracle([x * weights for x in batches], "paper")
-    assert_stats((stats["mean"], stats["var"]), expected, 1e-5)
+    assert_near((stats["mean"], stats["var"]), expected, 1e-5)
 
 
 class Stack(nnx.Module):
-    """Layers whose Variables are stacked, and scanned or mapped over."""
+    """Hold layers with stacked Variables, and scan or map over them."""
 
     def __init__(self, norm, lift):
         @nnx.vmap(in_axes=0, out_axes=0)
@@ -645,7 +640,7 @@ class Stack(nnx.Module):
     ("lift", "norm"),
     [("scan", nnx.BatchNorm), ("vmap", jaxbn.nnx.BatchNorm), ("jit", nnx.BatchNorm)],
 )
-def test_nnx_transformations(lift, norm, rng):
+def test_nnx_population_supports_transformations(lift, norm, rng):
     batches, model = draw(rng, (8, 8)), Stack(norm, lift)
     jaxbn.nnx.population(model, batches)
     sets = [batches] * 3
@@ -655,24 +650,23 @@ def test_nnx_transformations(lift, norm, rng):
         for _ in range(3):
             sets.append(x)
             x = [2 * (b - b.mean(0)) / np.sqrt(b.var(0) + 1e-5) for b in x]
-    expected = [
-        np.stack(a) for a in zip(*(oracle(s, "paper") for s in sets), strict=True)
-    ]
-    assert_stats((model.norm.mean[...], model.norm.var[...]), expected, 1e-5)
+    results = zip(*(oracle(s, "paper") for s in sets), strict=True)
+    expected = tuple(np.stack(a) for a in results)
+    assert_near((model.norm.mean[...], model.norm.var[...]), expected, 1e-5)
 
 
-def test_lists_of_modules_and_dropout_are_left_as_they_are(rng):
+def test_nnx_population_keeps_lists_and_dropout_unchanged(rng):
     batches = draw(rng, (8, 8))
     norm = nnx.BatchNorm(C, rngs=nnx.Rngs(0))
     models = [norm, nnx.Dropout(0.5, rngs=nnx.Rngs(1)), norm]
     jaxbn.nnx.population(models, batches, call=lambda m, x: m[1](m[0](x)))
-    assert_stats((norm.mean[...], norm.var[...]), oracle(batches, "paper"), 1e-5)
+    assert_near((norm.mean[...], norm.var[...]), oracle(batches, "paper"), 1e-5)
     assert models[1].rngs.count[...] == 0
 
 
 @pytest.mark.usefixtures("x64")
-def test_wide_batches_keep_the_dtype_of_the_statistics(rng):
-    """A scan that carries the statistics must find their dtypes again."""
+def test_float64_batches_keep_the_dtype_of_linen_statistics(rng):
+    """A scan that carries the statistics needs them to keep their dtypes."""
     batches = draw(rng, (8, 8), dtype=np.float64)
     model = LIFTS["scan carry"](Block)(linen.BatchNorm)
     variables = variables_of(Block(linen.BatchNorm), batches[0])
@@ -680,7 +674,7 @@ def test_wide_batches_keep_the_dtype_of_the_statistics(rng):
     assert {a.dtype for a in jax.tree.leaves(new)} == {jnp.dtype("float32")}
 
 
-def test_complex_batches(rng):
+def test_model_population_supports_complex_batches(rng):
     batches = [x + 1j * x[::-1] ** 2 for x in draw(rng, (8, 8))]
     expected = oracle(batches, "total")
     model = jaxbn.linen.BatchNorm(True)
@@ -688,17 +682,14 @@ def test_complex_batches(rng):
     stats = jaxbn.linen.population(model, variables, batches, variance="total")
     stats = stats["batch_stats"]
     assert (stats["mean"].dtype, stats["var"].dtype) == ("complex64", "float32")
-    assert_stats((stats["mean"], stats["var"]), expected, 1e-5)
+    assert_near((stats["mean"], stats["var"]), expected, 1e-5)
     layer = jaxbn.nnx.BatchNorm(C, rngs=nnx.Rngs(0))
     jaxbn.nnx.population(layer, batches, variance="total")
-    assert_stats((layer.mean[...], layer.var[...]), expected, 1e-5)
+    assert_near((layer.mean[...], layer.var[...]), expected, 1e-5)
 
 
-# Use.
-
-
-def test_averaged_weights(rng):
-    """Of an average by optax, the statistics are those of the averaged network."""
+def test_linen_population_of_averaged_weights_matches_oracle(rng):
+    """The weights are an exponential moving average by optax."""
     batches = draw(rng, (8, 8, 5))
     model, variables = linen_model(linen.BatchNorm)
     average = optax.ema(0.5)
@@ -713,16 +704,7 @@ def test_averaged_weights(rng):
     assert float(abs(y - stale).max()) > 0.1
 
 
-# What is refused, with the model as it was.
-
-
-def endless():
-    while True:
-        yield np.ones((4, C), np.float32)
-
-
-def one_row(rng):
-    return draw(rng, (1, 1))
+# Errors leave the model unchanged.
 
 
 X = np.arange(24, dtype=np.float32).reshape(8, C)
@@ -776,17 +758,17 @@ def refuse_nnx(batches, options, error, match):
 
 @pytest.mark.parametrize("refuse", [refuse_core, refuse_linen, refuse_nnx])
 @pytest.mark.parametrize("case", BATCHES)
-def test_bad_input(refuse, case):
+def test_population_rejects_bad_input_and_keeps_the_model(refuse, case):
     refuse(*BATCHES[case])
 
 
 @pytest.mark.parametrize("refuse", [refuse_core, refuse_linen, refuse_nnx])
-def test_batches_with_other_features(refuse):
+def test_population_rejects_batches_with_other_features(refuse):
     message = r"same features, here \(3,\); got a batch with \(4,\)\. Pass axis="
     refuse([X, MORE], {}, ValueError, message)
 
 
-def test_integers_and_channels_without_a_row():
+def test_population_rejects_integers_and_empty_features():
     refuse_core(
         [X.astype(int)], {}, TypeError, "x must be floating or complex; got int"
     )
@@ -796,7 +778,7 @@ def test_integers_and_channels_without_a_row():
     refuse_core([X[:0]], {}, ValueError, "got none in 3 of 3")
 
 
-def test_an_error_names_the_layer(rng):
+def test_population_error_names_the_layer(rng):
     model, variables = linen_model(linen.BatchNorm)
     with pytest.raises(ValueError, match="channels of layer 'first_norm'"):
         jaxbn.linen.population(model, variables, [X, NAN])
@@ -807,14 +789,14 @@ def test_an_error_names_the_layer(rng):
     assert_same(nnx.to_pure_dict(nnx.state(model)), before, 0)
 
 
-def test_models_without_batch_norm():
+def test_population_rejects_models_without_batch_norm():
     with pytest.raises(ValueError, match="batch_stats of a batch norm layer; got none"):
         jaxbn.linen.population(linen.Dense(2), {"params": {}}, [X])
     with pytest.raises(ValueError, match="a model with a batch norm layer; got none"):
         jaxbn.nnx.population(nnx.Linear(C, 2, rngs=nnx.Rngs(0)), [X])
 
 
-def test_layers_that_no_batch_reaches():
+def test_population_rejects_models_with_only_unreached_layers():
     match = "a batch norm layer that the batches reach; got none"
     model = linen.BatchNorm(use_running_average=True)
     variables = variables_of(model, X)
@@ -825,7 +807,7 @@ def test_layers_that_no_batch_reaches():
         jaxbn.nnx.population(layer, [X], call=lambda model, x: x)
 
 
-def test_errors_of_the_stream_and_of_the_model_pass_through():
+def test_errors_of_batches_and_model_propagate():
     def stream():
         yield X
         raise KeyError("broken file")

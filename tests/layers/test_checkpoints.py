@@ -1,4 +1,4 @@
-"""Checkpoints on disk: written by Flax's layers, read into ours, and back."""
+"""Checkpoints on disk: written by Flax's layers, read into jaxbn's, and back."""
 
 from typing import Any
 
@@ -14,7 +14,9 @@ import jaxbn
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")
 C = 3
-DIRECTIONS = pytest.mark.parametrize("ours_first", [True, False], ids=["ours", "flax"])
+DIRECTIONS = pytest.mark.parametrize(
+    "jaxbn_first", [True, False], ids=["jaxbn", "flax"]
+)
 
 
 class LinenModel(nn.Module):
@@ -51,9 +53,9 @@ def save_and_restore(path, tree, template):
 
 
 @DIRECTIONS
-def test_linen(ours_first, x, tmp_path):
+def test_linen_checkpoint_is_read_by_the_other_library(jaxbn_first, x, tmp_path):
     norms = (jaxbn.linen.BatchNorm, nn.BatchNorm)
-    writer, reader = map(LinenModel, norms if ours_first else norms[::-1])
+    writer, reader = map(LinenModel, norms if jaxbn_first else norms[::-1])
     written: Any = writer.init(jax.random.key(0), x, False)
     _, updates = writer.apply(written, x, True, mutable=["batch_stats"])
     written |= updates
@@ -66,11 +68,11 @@ def test_linen(ours_first, x, tmp_path):
 
 
 @DIRECTIONS
-def test_nnx(ours_first, x, tmp_path):
+def test_nnx_checkpoint_is_read_by_the_other_library(jaxbn_first, x, tmp_path):
     norms = (jaxbn.nnx.BatchNorm, nnx.BatchNorm)
     writer, reader = (
         NnxModel(norm, nnx.Rngs(seed))
-        for seed, norm in enumerate(norms if ours_first else norms[::-1])
+        for seed, norm in enumerate(norms if jaxbn_first else norms[::-1])
     )
     writer(x)
     written = nnx.state(writer)

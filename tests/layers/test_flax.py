@@ -1,20 +1,15 @@
-"""Our Flax layers beside Flax's own: one table of options, every value and gradient.
+"""The layers beside Flax's: every option, value and gradient, by one table.
 
-Flax's default variance is right for the means near zero that are used here. What is
-particular to linen or nnx is in `test_linen.py` and `test_nnx.py`.
+Flax's default variance is accurate for the means near zero that are used here.
 """
 
-from typing import Any
+from functools import partial
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import linen as nn
-from flax import nnx
 from flax_helpers import assert_same, everything, randomize
-
-import jaxbn
+from layer_apis import APIS
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")
 SHAPE = (6, 4, 2, 3)
@@ -30,41 +25,9 @@ OTHER_DTYPES = [
 LAYERS = [("linen", -1), ("linen", 1), ("linen", (3, 1)), ("nnx", -1), ("nnx", 1)]
 
 
-def linen_step(layer, train, mask):
-    """(variables, x) -> (y, new statistics), and the variables to start from."""
-    variables = layer.init(jax.random.key(0), jnp.zeros(SHAPE), True)
-
-    def step(variables, x):
-        y, updates = layer.apply(
-            variables, x, not train, mask=mask, mutable=["batch_stats"]
-        )
-        return y, updates["batch_stats"]
-
-    return step, variables
-
-
-def nnx_step(layer, train, mask):
-    graphdef, state = nnx.split(layer)
-
-    def step(state, x):
-        layer = nnx.merge(graphdef, state)
-        y = layer(x, use_running_average=not train, mask=mask)
-        return y, nnx.state(layer, nnx.BatchStat)
-
-    return step, state
-
-
-def pair(kind, **options: Any) -> tuple[Any, Any]:
-    """Our layer, Flax's layer."""
-    if kind == "linen":
-        return jaxbn.linen.BatchNorm(**options), nn.BatchNorm(**options)
-    options |= {"num_features": SHAPE[options["axis"]], "rngs": nnx.Rngs(0)}
-    return jaxbn.nnx.BatchNorm(**options), nnx.BatchNorm(**options)
-
-
 @pytest.mark.parametrize("train", [True, False], ids=["train", "eval"])
 @pytest.mark.parametrize("mask", MASKS)
-@pytest.mark.parametrize(("kind", "axis"), LAYERS)
+@pytest.mark.parametrize(("api", "axis"), LAYERS)
 @pytest.mark.parametrize(
     ("use_scale", "use_bias", "dtype", "param_dtype"),
     [
@@ -73,27 +36,24 @@ def pair(kind, **options: Any) -> tuple[Any, Any]:
         (False, False, "bfloat16", "bfloat16"),
     ],
 )
-def test_equals_flax(
-    use_scale, use_bias, dtype, param_dtype, kind, axis, mask, train, rng
+def test_values_and_gradients_equal_flax(
+    use_scale, use_bias, dtype, param_dtype, api, axis, mask, train, rng
 ):
-    ours, theirs = pair(
-        kind,
-        axis=axis,
-        momentum=0.8,
-        epsilon=1e-3,
-        dtype=dtype,
-        param_dtype=param_dtype,
-        use_bias=use_bias,
-        use_scale=use_scale,
-    )
-    make_step = {"linen": linen_step, "nnx": nnx_step}[kind]
-    step, initial = make_step(ours, train, MASKS[mask])
-    their_step, their_initial = make_step(theirs, train, MASKS[mask])
-    assert_same(initial, their_initial, 0)
+    options = {
+        "axis": axis,
+        "momentum": 0.8,
+        "epsilon": 1e-3,
+        "dtype": dtype,
+        "param_dtype": param_dtype,
+        "use_bias": use_bias,
+        "use_scale": use_scale,
+    }
+    layer, flax = (APIS[api](lib, SHAPE, **options) for lib in ("jaxbn", "flax"))
+    assert_same(layer.variables, flax.variables, 0)
     x = jnp.asarray(0.7 + 1.9 * rng.normal(size=SHAPE), dtype)
-    variables = randomize(rng, initial)
-    assert_same(
-        everything(step, variables, x),
-        everything(their_step, variables, x),
-        max(TOLERANCE[dtype], TOLERANCE[param_dtype]),
+    variables = randomize(rng, layer.variables)
+    actual, expected = (
+        everything(partial(n.apply, train=train, mask=MASKS[mask]), variables, x)
+        for n in (layer, flax)
     )
+    assert_same(actual, expected, max(TOLERANCE[dtype], TOLERANCE[param_dtype]))

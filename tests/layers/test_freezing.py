@@ -1,4 +1,4 @@
-"""Fine-tuning with statistics, or with all of batch norm, as they are."""
+"""Fine-tuning with frozen statistics, or with all of batch norm frozen."""
 
 from typing import Any
 
@@ -29,7 +29,7 @@ def dy(rng):
 
 
 def affine_gradient(scale, mean, var, x, dy) -> dict[str, Any]:
-    """Of y = x̂ · scale + bias, x̂ = (x - mean) / √(var + ε), all but x̂'s x constant."""
+    """Differentiate y = x̂ · scale + bias, x̂ = (x - mean) / √(var + ε), by hand."""
     scale, mean, var, x, dy = (
         np.asarray(a, np.float64) for a in (scale, mean, var, x, dy)
     )
@@ -50,7 +50,7 @@ def assert_gradient(actual, expected):
 # The statistics.
 
 
-def test_function(rng, x, dy):
+def test_function_keeps_state_and_has_affine_gradient(rng, x, dy):
     params, state = jaxbn.init(C)
     params, state = randomize(rng, (params, state._replace(count=jnp.float32(0))))
     state = state._replace(count=jnp.int32(4))
@@ -67,7 +67,7 @@ def test_function(rng, x, dy):
 
 
 @pytest.mark.parametrize("norm", [jaxbn.linen.BatchNorm, nn.BatchNorm])
-def test_linen_statistics(norm, rng, x, dy):
+def test_linen_frozen_statistics_give_affine_gradient(norm, rng, x, dy):
     layer = norm(use_running_average=True)
     variables = randomize(rng, jax.eval_shape(layer.init, jax.random.key(0), x))
     params, stats = variables["params"], variables["batch_stats"]
@@ -94,7 +94,7 @@ def nnx_model(rng) -> Any:
 
 
 @pytest.mark.parametrize("way", ["set_attributes", "view"])
-def test_nnx_statistics(way, rng, x, dy):
+def test_nnx_frozen_statistics_give_affine_gradient(way, rng, x, dy):
     model = frozen = nnx_model(rng)
     model.train()
     if way == "view":
@@ -121,7 +121,7 @@ def test_nnx_statistics(way, rng, x, dy):
 
 
 class Block(nn.Module):
-    """Two norms, one of them ours, among layers with parameters of the same names."""
+    """Flax's and jaxbn's norm among layers with parameters of the same names."""
 
     @nn.compact
     def __call__(self, x, train=True):
@@ -149,7 +149,7 @@ NET_MASK = {
 
 
 def moved(before, after):
-    """Where a parameter is not what it was, bit for bit."""
+    """Return whether each parameter changed in any bit."""
     return jax.tree.map(lambda a, b: bool((a != b).any()), before, after)
 
 
@@ -158,8 +158,8 @@ def complement(mask):
 
 
 OPTIMIZERS = {
-    "masked": lambda mask: optax.chain(
-        optax.adamw(1e-2, weight_decay=0.1), optax.masked(optax.set_to_zero(), mask)
+    "freeze": lambda mask: optax.chain(
+        optax.adamw(1e-2, weight_decay=0.1), optax.transforms.freeze(mask)
     ),
     "multi_transform": lambda mask: optax.multi_transform(
         {True: optax.set_to_zero(), False: optax.adam(1e-2)}, mask
@@ -172,7 +172,7 @@ def net(rng, x):
     return Net(), randomize(rng, jax.eval_shape(Net().init, jax.random.key(0), x))
 
 
-def test_linen_mask(net):
+def test_linen_mask_marks_batch_norms_alone(net):
     _, variables = net
     mask = jaxbn.linen.batch_norm_mask(variables)
     assert jax.tree.structure(mask) == jax.tree.structure(variables["params"])
@@ -182,7 +182,7 @@ def test_linen_mask(net):
 
 
 @pytest.mark.parametrize("way", OPTIMIZERS)
-def test_linen_parameters_stay(way, net, x, dy):
+def test_linen_mask_freezes_parameters(way, net, x, dy):
     model, variables = net
     params, stats = variables["params"], variables["batch_stats"]
     mask = jaxbn.linen.batch_norm_mask(variables)
@@ -203,24 +203,24 @@ def test_linen_parameters_stay(way, net, x, dy):
     assert moved(params, trained) == complement(mask)
 
 
-def test_no_weight_decay_on_batch_norm(net):
+def test_inverted_mask_keeps_weight_decay_off(net):
     params = net[1]["params"]
     others = complement(jaxbn.linen.batch_norm_mask(net[1]))
-    decay = optax.masked(optax.add_decayed_weights(0.5), others)
+    decay = optax.add_decayed_weights(0.5, mask=others)
     zeros = jax.tree.map(jnp.zeros_like, params)
     updates, _ = decay.update(zeros, decay.init(params), params)
     expected = jax.tree.map(lambda p, m: 0.5 * p if m else 0 * p, params, others)
     assert_same(updates, expected, 0)
 
 
-def test_a_batch_norm_alone(x):
+def test_mask_of_a_single_batch_norm(x):
     layer = nn.BatchNorm(True)
     mask = jaxbn.linen.batch_norm_mask(jax.eval_shape(layer.init, jax.random.key(0), x))
     assert mask == {"scale": True, "bias": True}
 
 
 @pytest.mark.parametrize("way", OPTIMIZERS)
-def test_nnx_parameters_stay(way, rng, x, dy):
+def test_nnx_mask_freezes_parameters(way, rng, x, dy):
     model = nnx_model(rng)
     model.train()
     model.set_attributes(nnx.BatchNorm, use_running_average=True)
@@ -245,7 +245,7 @@ def test_nnx_parameters_stay(way, rng, x, dy):
     assert moved(before, after) == complement(nnx.to_pure_dict(mask))
 
 
-def test_a_model_without_batch_norm_is_refused(net):
+def test_mask_rejects_model_without_batch_norm(net):
     with pytest.raises(ValueError, match="must have a batch norm; found none"):
         jaxbn.linen.batch_norm_mask({"params": net[1]["params"]})
     with pytest.raises(ValueError, match="must have a batch norm; found none"):

@@ -1,4 +1,7 @@
-"""`jaxbn.nnx.BatchNorm`: where Flax's stands, what it adds, and models swapped over."""
+"""`jaxbn.nnx`: the layer beside Flax's, and its replacement in existing models.
+
+Tests that linen and nnx share are in `tests/layers/test_layers.py`.
+"""
 
 import inspect
 import pickle
@@ -11,12 +14,9 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
-from flax_helpers import assert_same, everything, randomize
+from flax_helpers import assert_same, everything, randomize, without_type_checker
 from jax import Array
-from jax.sharding import Mesh
-from jax.sharding import PartitionSpec as P
 
-import jaxbn
 from jaxbn.nnx import BatchNorm, replace_batch_norm, restore_batch_norm
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")
@@ -30,7 +30,7 @@ def x(rng):
 
 
 def make(norm: type[nnx.BatchNorm] = BatchNorm, **options) -> Any:
-    """A layer whose variables are as random as those of the same seed."""
+    """Return a layer with random variables, the same in each call."""
     layer = norm(C, rngs=nnx.Rngs(0), **options)
     state = nnx.state(layer)
     nnx.update(layer, randomize(np.random.default_rng(1), state))
@@ -41,12 +41,12 @@ def stats_of(model):
     return nnx.to_pure_dict(nnx.state(model, nnx.BatchStat))
 
 
-# Where Flax's layer stands.
+# The same as Flax.
 
 
-def test_it_is_a_flax_batch_norm_with_its_arguments_and_defaults():
+def test_arguments_and_defaults_are_flax_s():
     assert issubclass(BatchNorm, nnx.BatchNorm)
-    ours, theirs = (
+    actual, expected = (
         {
             name: (repr(p.default).partition(" at ")[0], p.kind)
             for name, p in inspect.signature(norm.__init__).parameters.items()
@@ -54,34 +54,25 @@ def test_it_is_a_flax_batch_norm_with_its_arguments_and_defaults():
         for norm in NORMS
     )
     keyword = inspect.Parameter.KEYWORD_ONLY
-    ours_only = {"unbiased": ("False", keyword), "autodiff": ("'custom_vjp'", keyword)}
-    assert ours == theirs | ours_only
+    jaxbn_only = {"unbiased": ("False", keyword), "autodiff": ("'custom_vjp'", keyword)}
+    assert actual == expected | jaxbn_only
 
 
-def test_the_same_variables_with_the_same_metadata():
+def test_variables_and_metadata_match_flax():
     options: dict[str, Any] = {
         "scale_init": nnx.initializers.normal(),
         "bias_init": nnx.initializers.normal(),
-        "scale_metadata": {"note": "ours"},
-        "bias_metadata": {"note": "theirs"},
+        "scale_metadata": {"note": "scale"},
+        "bias_metadata": {"note": "bias"},
         "param_dtype": jnp.bfloat16,
     }
-    ours, theirs = (nnx.state(n(C, rngs=nnx.Rngs(1), **options)) for n in NORMS)
-    assert_same(ours, theirs, 0)
-    assert ours["scale"].note == "ours"
-    assert ours["bias"].note == "theirs"
+    actual, expected = (nnx.state(n(C, rngs=nnx.Rngs(1), **options)) for n in NORMS)
+    assert_same(actual, expected, 0)
+    assert actual["scale"].note == "scale"
+    assert actual["bias"].note == "bias"
 
 
-def test_the_axis_need_not_exist_at_inference(x):
-    layer = make(axis_name="nowhere", axis_index_groups=[[0], [1]])
-    layer.eval()
-    layer(x)
-    layer.train()
-    with pytest.raises(NameError, match="nowhere"):
-        layer(x)
-
-
-def test_train_eval_and_views_choose_the_mode(x):
+def test_train_eval_and_view_set_the_mode(x):
     layer, flax = make(), make(nnx.BatchNorm)
     for layers in (
         (layer, flax),
@@ -89,26 +80,18 @@ def test_train_eval_and_views_choose_the_mode(x):
         [nnx.view(n, use_running_average=False) for n in (layer, flax)],
         [n.train() or n for n in (layer, flax)],
     ):
-        ours, theirs = (n(x) for n in layers)
-        assert_same(ours, theirs, 1e-5)
+        actual, expected = (n(x) for n in layers)
+        assert_same(actual, expected, 1e-5)
         assert_same(stats_of(layer), stats_of(flax), 1e-5)
     assert_same(layer(x, use_running_average=True), flax(x, True), 1e-5)
 
 
-def test_the_mode_must_be_given(x):
+def test_mode_must_be_given(x):
     with pytest.raises(ValueError, match="use_running_average must be given"):
         make(use_running_average=None)(x)
 
 
-def test_integers_and_a_single_row_are_taken_as_flax_takes_them(rng):
-    layers = make(momentum=0.8), make(nnx.BatchNorm, momentum=0.8)
-    for rows in (5, 1):
-        x = jnp.asarray(rng.integers(-9, 9, size=(rows, C)))
-        ours, theirs = ((layer(x), stats_of(layer)) for layer in layers)
-        assert_same(ours, theirs, 1e-5)
-
-
-def test_copies_are_layers_of_their_own(x):
+def test_copies_are_independent(x):
     layer = make()
     expected = layer(x, use_running_average=True)
     for copy in (nnx.clone(layer), deepcopy(layer), pickle.loads(pickle.dumps(layer))):
@@ -118,9 +101,9 @@ def test_copies_are_layers_of_their_own(x):
     assert_same(layer(x, use_running_average=True), expected, 0)
 
 
-def test_summaries_are_those_of_flax(x):
-    ours, theirs = (nnx.tabulate(make(norm), x) for norm in NORMS)
-    assert ours == theirs
+def test_summary_matches_flax(x):
+    actual, expected = (nnx.tabulate(make(norm), x) for norm in NORMS)
+    assert actual == expected
 
 
 class Block(nnx.Module):
@@ -133,7 +116,7 @@ class Block(nnx.Module):
 
 
 def four_blocks(norm):
-    """Their variables along a new leading axis."""
+    """Return blocks whose variables are stacked along a new leading axis."""
 
     @nnx.split_rngs(splits=4)
     @nnx.vmap
@@ -191,7 +174,7 @@ def chosen(norm, x):
 
 
 def trained(norm, x):
-    """Three steps of SGD, jitted as a whole."""
+    """Take three jitted steps of SGD."""
     block = Block(norm, nnx.Rngs(0))
     optimizer = nnx.Optimizer(block, optax.sgd(0.1), wrt=nnx.Param)
 
@@ -217,31 +200,14 @@ def trained(norm, x):
         trained,
     ],
 )
-def test_transformations(transform, rng):
+def test_transformations_match_flax(transform, rng):
     x = jnp.asarray(rng.normal(size=(4, 8, C)), jnp.float32)
-    ours, theirs = (transform(norm, x) for norm in NORMS)
-    assert_same(ours, theirs, 2e-5)
+    actual, expected = (transform(norm, x) for norm in NORMS)
+    assert_same(actual, expected, 2e-5)
 
 
-def test_groups_under_pmap_are_those_of_flax(rng):
-    x = jnp.asarray(rng.normal(size=(4, 8, C)), jnp.float32)
-    results = []
-    for norm in NORMS:
-        layer = make(norm, axis_name="i", axis_index_groups=[[0, 1], [2, 3]])
-        graphdef, state = nnx.split(layer)
-
-        def step(state, x, graphdef=graphdef):
-            layer = nnx.merge(graphdef, state)
-            return layer(x), nnx.state(layer)
-
-        step = jax.pmap(step, "i", in_axes=(None, 0), devices=jax.devices()[:4])
-        results.append(step(state, x))
-    ours, theirs = results
-    assert_same(ours, theirs, 1e-5)
-
-
-def test_promote_dtype_is_honoured(x):
-    """It sees what Flax's layer shows it, and decides how x, scale and bias look."""
+def test_promote_dtype_is_used(x):
+    """It is called as by Flax's layer, and its x, scale and bias are used."""
     seen = []
 
     def promote(values, /, *, dtype=None, inexact=True):
@@ -250,13 +216,13 @@ def test_promote_dtype_is_honoured(x):
         return x.astype(jnp.bfloat16), mean, var, 2 * scale, bias.astype(dtype)
 
     options = {"promote_dtype": promote, "dtype": jnp.bfloat16}
-    ours, theirs = (make(norm, **options)(x) for norm in NORMS)
-    assert_same(ours, theirs, 3e-2)
+    actual, expected = (make(norm, **options)(x) for norm in NORMS)
+    assert_same(actual, expected, 3e-2)
     assert seen == 2 * [5 * [jnp.float32]]
-    assert float(jnp.abs(make(dtype=jnp.bfloat16)(x) - ours).max()) > 0.1
+    assert float(jnp.abs(make(dtype=jnp.bfloat16)(x) - actual).max()) > 0.1
 
 
-# Where Flax is wrong.
+# Statistics.
 
 
 def test_inference_in_bfloat16_does_not_round_the_statistics(rng):
@@ -271,105 +237,20 @@ def test_inference_in_bfloat16_does_not_round_the_statistics(rng):
     np.testing.assert_allclose(np.asarray(y, np.float64), expected, atol=1e-2)
 
 
-def test_a_large_mean(rng):
-    x = (1e4 + rng.normal(size=(4096, C))).astype(np.float32)
-    layer = BatchNorm(C, rngs=nnx.Rngs(0))
-    y = layer(x)
-    np.testing.assert_allclose(y.std(0), 1, rtol=1e-4)
-    expected = 0.99 + 0.01 * x.astype(np.float64).var(0)
-    np.testing.assert_allclose(layer.var[...], expected, rtol=1e-4)
-
-
-def test_masked_statistics_are_weighted_by_count_over_devices(rng):
-    """Two shards with 4 and 1 valid rows, as one batch of 5."""
-    x = jnp.asarray(rng.normal(size=(8, C)), jnp.float32)
-    mask = jnp.array([1, 1, 1, 1, 0, 1, 0, 0], bool)[:, None]
-    graphdef, state = nnx.split(make(axis_name="i"))
-
-    def step(state, x, mask):
-        layer = nnx.merge(graphdef, state)
-        return layer(x, mask=mask), stats_of(layer)
-
-    sharded = jax.shard_map(
-        step,
-        mesh=Mesh(jax.devices()[:2], "i"),
-        in_specs=(P(), P("i"), P("i")),
-        out_specs=(P("i"), P()),
-    )
-    whole = make()
-    expected = whole(x, mask=mask), stats_of(whole)
-    assert_same(sharded(state, x, mask), expected, 1e-5)
-
-
-def test_an_empty_batch_leaves_the_statistics_alone(x):
-    layer = make()
-    before = stats_of(layer)
-    y = layer(x, mask=jnp.zeros((8, 1), bool))
-    assert_same(stats_of(layer), before, 0)
-    assert_same(y, layer(x, use_running_average=True), 1e-6)
-
-
-def test_the_mean_of_complex_input_stays_complex(rng):
-    """Flax's loses its imaginary part."""
-    x = (rng.normal(size=(8, C)) + 1j * rng.normal(size=(8, C))).astype("complex64")
-    layer = BatchNorm(C, momentum=0.0, rngs=nnx.Rngs(0))
-    y = layer(x)
-    np.testing.assert_allclose(layer.mean[...], np.mean(x, 0), atol=1e-6)
-    np.testing.assert_allclose(layer.var[...], np.var(x, 0), rtol=1e-5)
-    expected = (x - np.mean(x, 0)) / np.sqrt(np.var(x, 0) + 1e-5)
-    np.testing.assert_allclose(y, expected, atol=1e-5)
-
-
-# What it adds.
-
-
-def test_unbiased(x):
-    layer = BatchNorm(C, unbiased=True, momentum=0.8, rngs=nnx.Rngs(0))
-    layer(x)
-    expected = 0.8 + 0.2 * np.asarray(x, np.float64).var(0, ddof=1)
-    np.testing.assert_allclose(layer.var[...], expected, rtol=1e-5)
-
-
-def test_momentum_none_weighs_all_batches_alike(rng):
-    xs = rng.normal(size=(5, 8, C)).astype(np.float32)
-    layer = make(momentum=None)
-    layer.count[...] = jnp.int32(0)
-    step = nnx.jit(lambda layer, x: layer(x))
-    for x in xs:
-        step(layer, x)
-    exact = xs.astype(np.float64)
-    np.testing.assert_allclose(layer.mean[...], exact.mean((0, 1)), atol=1e-6)
-    np.testing.assert_allclose(layer.var[...], exact.var(1).mean(0), rtol=1e-5)
-    assert_same(layer.count[...], jnp.int32(5), 0)
-
-
-def test_floats_weigh_and_integers_do_not(rng, x):
-    weights = rng.integers(0, 4, size=(8, 1))
-    repeated = jnp.repeat(x, weights[:, 0], axis=0)
-    for mask, rows in (
-        (weights.astype(np.float32), repeated),
-        (weights, x[weights[:, 0] > 0]),
-    ):
-        masked, unmasked = make(), make()
-        masked(x, mask=jnp.asarray(mask))
-        unmasked(rows)
-        assert_same(stats_of(masked), stats_of(unmasked), 1e-5)
-
-
-def test_no_gradient_flows_into_the_statistics_as_in_flax(x):
+def test_statistics_have_no_gradient_as_in_flax(x):
     def loss(layer):
         layer(x)
         return layer.mean[...].sum() + layer.var[...].sum()
 
-    ours, theirs = (nnx.grad(loss)(make(norm)) for norm in NORMS)
-    assert_same(ours, theirs, 0)
+    actual, expected = (nnx.grad(loss)(make(norm)) for norm in NORMS)
+    assert_same(actual, expected, 0)
 
 
-# Models swapped over and back.
+# Replace and restore.
 
 
 class Scaled(nnx.BatchNorm):
-    """Somebody's own layer, on top of Flax's."""
+    """A subclass of Flax's layer."""
 
 
 class Model(nnx.Module):
@@ -406,7 +287,7 @@ def run(model, x):
     return everything(step, *state, x)
 
 
-def test_replaced_layers_compute_as_ours_and_restored_ones_as_flax(x):
+def test_replace_computes_as_jaxbn_and_restore_as_flax(x):
     swapped, flax = model(), model()
     replaced = replace_batch_norm(swapped)
     assert_same(run(replaced, x)[0], run(flax, x)[0], 1e-4)
@@ -420,7 +301,7 @@ def test_replaced_layers_compute_as_ours_and_restored_ones_as_flax(x):
     assert nnx.graphdef(restored) == nnx.graphdef(flax)
 
 
-def test_layers_and_variables_stay_the_objects_they_are(x):
+def test_replace_keeps_layers_and_variables(x):
     before = model()
     layers = [node for _, node in nnx.iter_graph(before)]
     assert replace_batch_norm(before) is before
@@ -436,14 +317,14 @@ def test_layers_and_variables_stay_the_objects_they_are(x):
     assert type(before.own) is Scaled
 
 
-def test_a_replaced_layer_is_one_built_as_ours():
+def test_replaced_layer_has_the_graph_of_a_jaxbn_layer():
     replaced = replace_batch_norm(nnx.BatchNorm(C, momentum=0.8, rngs=nnx.Rngs(0)))
-    ours = BatchNorm(C, momentum=0.8, rngs=nnx.Rngs(0))
-    assert nnx.graphdef(replaced) == nnx.graphdef(ours)
-    assert replace_batch_norm(ours) is ours
+    layer = BatchNorm(C, momentum=0.8, rngs=nnx.Rngs(0))
+    assert nnx.graphdef(replaced) == nnx.graphdef(layer)
+    assert replace_batch_norm(layer) is layer
 
 
-def test_lists_and_dicts_of_models():
+def test_replace_and_restore_accept_lists_and_dicts():
     models = {"a": [model(), model()], "b": model()}
     replace_batch_norm(models)
     assert {type(m.first) for m in (*models["a"], models["b"])} == {BatchNorm}
@@ -451,7 +332,7 @@ def test_lists_and_dicts_of_models():
     assert {type(m.first) for m in (*models["a"], models["b"])} == {nnx.BatchNorm}
 
 
-def test_a_compiled_function_and_an_optimizer_go_on(x):
+def test_replace_keeps_compiled_function_and_optimizer_valid(x):
     trained_model = model()
     optimizer = nnx.Optimizer(trained_model, optax.sgd(0.1), wrt=nnx.Param)
 
@@ -470,27 +351,26 @@ def test_a_compiled_function_and_an_optimizer_go_on(x):
     np.testing.assert_allclose(stds[1], expected, rtol=0.1)
 
 
-def test_forward_mode(x):
-    """Refused by the closed form; `autodiff="jax"` has it, and so has Flax."""
-
+def test_replace_passes_autodiff_on_and_restore_removes_it(x):
     def tangents(layer):
         graphdef, state = nnx.split(layer)
         return jax.jvp(lambda x: nnx.merge(graphdef, state)(x), (x,), (jnp.cos(x),))
 
-    expected = tangents(make(nnx.BatchNorm, use_running_average=True))
-    layer = make(nnx.BatchNorm, use_running_average=True)
-    for ours in (
-        make(use_running_average=True, autodiff="jax"),
-        replace_batch_norm(layer, autodiff="jax"),
-    ):
-        assert_same(tangents(ours), expected, 1e-5)
-    with pytest.raises(TypeError, match="custom_vjp"):
-        tangents(make(use_running_average=True))
-    restored = nnx.graphdef(restore_batch_norm(layer))
-    assert restored == nnx.graphdef(make(nnx.BatchNorm, use_running_average=True))
+    layer, flax = (make(nnx.BatchNorm, use_running_average=True) for _ in range(2))
+    replace_batch_norm(layer, autodiff="jax")
+    assert_same(tangents(layer), tangents(flax), 1e-5)
+    assert nnx.graphdef(restore_batch_norm(layer)) == nnx.graphdef(flax)
 
 
-def test_equal_weights_need_a_count(x):
+def test_replace_checks_autodiff_and_changes_nothing():
+    layer = make(nnx.BatchNorm)
+    match = "autodiff must be one of"
+    with without_type_checker(), pytest.raises(ValueError, match=match):
+        replace_batch_norm(layer, autodiff="forward")  # pyright: ignore[reportArgumentType]
+    assert type(layer) is nnx.BatchNorm
+
+
+def test_momentum_none_needs_a_count(x):
     layer = replace_batch_norm(make(nnx.BatchNorm, momentum=None))
     with pytest.raises(ValueError, match="momentum=None needs the layer's count"):
         layer(x)
@@ -505,12 +385,8 @@ def counted():
 @pytest.mark.parametrize(
     "build", [lambda: make(momentum=None), lambda: make(unbiased=True), counted]
 )
-def test_what_flax_does_not_have_is_not_restored(build):
+def test_restore_rejects_jaxbn_only_options(build):
     layers = [BatchNorm(C, rngs=nnx.Rngs(0)), build()]
     with pytest.raises(ValueError, match=r"can become flax\.nnx\.BatchNorm only"):
         restore_batch_norm(layers)
     assert {type(layer) for layer in layers} == {BatchNorm}
-
-
-def test_importing_the_package_is_enough():
-    assert jaxbn.nnx.BatchNorm is BatchNorm

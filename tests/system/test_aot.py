@@ -1,12 +1,12 @@
-"""Bytes counted by hand in a small program of every kind of line."""
+"""Memory traffic of a small program, compared with bytes counted by hand."""
 
 import pytest
 
 from benchmarks._hlo import Kernel, kernels, traffic
 
-# 1. the mean of 64 of 4096 rows; 2. two sums of one pass over x, which is named twice;
-# 3. y in bfloat16, x whole though a slice of it is read too; 4. a convolution with
-# scratch space, by a typed operand; 5. a copy of a predicate.
+# 1. the mean of 64 of 4096 examples; 2. two sums in one pass over x, which is named
+# twice; 3. y in bfloat16, which reads x and also a slice of it; 4. a convolution with
+# scratch space and a typed operand; 5. a copy of a predicate.
 PROGRAM = """\
 HloModule jit_step, is_scheduled=true, entry_computation_layout={(f32[4096,128]{1,0})}
 
@@ -68,11 +68,11 @@ KERNELS = [
 
 
 @pytest.mark.parametrize("expected", KERNELS, ids=lambda kernel: kernel.name)
-def test_bytes_of_a_kernel(expected):
+def test_kernels_count_bytes(expected):
     assert expected in kernels(PROGRAM)
 
 
-def test_traffic_is_the_sum_over_the_entry_computation():
+def test_traffic_sums_the_entry_computation():
     assert len(kernels(PROGRAM)) == len(KERNELS)
     assert traffic(PROGRAM) == sum(k.read + k.written for k in KERNELS)
 
@@ -80,7 +80,7 @@ def test_traffic_is_the_sum_over_the_entry_computation():
 @pytest.mark.parametrize(
     ("dtype", "size"), [("f64", 8), ("c64", 8), ("s32", 4), ("f8e4m3fn", 1)]
 )
-def test_width_of_a_dtype(dtype, size):
+def test_kernels_use_dtype_width(dtype, size):
     hlo = f"""ENTRY %main (x: f32[2,3]) -> {dtype}[2,3] {{
   %x = f32[2,3]{{1,0}} parameter(0)
   ROOT %y = {dtype}[2,3]{{1,0}} convert(%x)
@@ -90,7 +90,7 @@ def test_width_of_a_dtype(dtype, size):
 
 
 @pytest.mark.parametrize("op", ["while", "conditional", "call"])
-def test_what_runs_another_computation_is_refused(op):
+def test_traffic_rejects_control_flow(op):
     hlo = PROGRAM.replace("copy(%mask)", f"{op}(%mask), body=%add")
     with pytest.raises(ValueError, match=f"straight-line HLO only; got {op} %kept"):
         traffic(hlo)

@@ -1,4 +1,4 @@
-"""The benchmarks' own parts: arithmetic, checks, files. Nothing is timed here."""
+"""The parts of the benchmarks: arithmetic, checks, files; no test depends on time."""
 
 import json
 import math
@@ -9,8 +9,17 @@ import numpy as np
 import pytest
 from oracle import Case, train_step
 
-from benchmarks import _devices, _layers, _peers, _programs, _report, _task, _timing
-from benchmarks.__main__ import arguments
+from benchmarks import (
+    _compile,
+    _devices,
+    _layers,
+    _libraries,
+    _programs,
+    _report,
+    _task,
+    _timing,
+)
+from benchmarks.__main__ import parse_arguments
 from benchmarks._shapes import ALL, Shape
 from benchmarks._torch import Torch
 
@@ -24,13 +33,13 @@ def some_task(rng, shape=SMALL, **options):
     return _task.random_task(rng, shape, "float32", **options)
 
 
-def test_the_floor_of_8_passes_is_four_copies():
+def test_floor_of_8_passes_is_4_copies():
     """A copy makes two passes: one reads, one writes."""
     assert _timing.floor(0.5, 8) == 4 * 0.5
     assert _layers.PASSES["forward"] + _layers.PASSES["backward"] == 8
 
 
-def test_interleave_runs_every_case_once_a_round(rng):
+def test_interleave_runs_every_case_once_per_round(rng):
     order = []
     cases = {name: lambda name=name: order.append(name) or 1.0 for name in "abc"}
     samples = _timing.interleave(cases, 5, rng)
@@ -40,20 +49,20 @@ def test_interleave_runs_every_case_once_a_round(rng):
     assert len({tuple(order[i : i + 3]) for i in range(0, 15, 3)}) > 1
 
 
-def test_interleave_stops_at_the_limit_after_three_rounds(rng):
+def test_interleave_stops_at_limit_after_three_rounds(rng):
     samples = _timing.interleave({"a": lambda: 1.0}, 50, rng, limit=0)
     assert len(samples["a"]) == 3
 
 
-def test_median_and_quartiles():
+def test_summarize_returns_median_and_quartiles():
     assert _timing.summarize([9.0, 1.0, 3.0, 2.0, 4.0]) == (3.0, 2.0, 4.0)
 
 
-def test_geometric_mean_of_a_ratio_and_its_inverse():
+def test_geometric_mean_cancels_ratio_and_inverse():
     assert math.isclose(_timing.geometric_mean([4.0, 0.25, 8.0]), 2.0)
 
 
-def test_handed_on_inputs_and_repeats_are_not_computed():
+def test_split_outputs_excludes_forwarded_inputs_and_repeats():
     def function(x, y):
         total = x + y
         return x, total, y, total, x * y
@@ -62,7 +71,7 @@ def test_handed_on_inputs_and_repeats_are_not_computed():
     assert _programs.split_outputs(jaxpr) == ([1, 4], [0, 2, 1, 2, 3])
 
 
-def test_a_program_recycles_its_outputs_and_keeps_its_inputs(rng):
+def test_program_donates_outputs_and_keeps_inputs(rng):
     x = jnp.asarray(rng.normal(size=(8, 3)), jnp.float32)
     program = _programs.Program(lambda x: {"x": x, "y": 2 * x}, x)
     for _ in range(2):
@@ -72,86 +81,90 @@ def test_a_program_recycles_its_outputs_and_keeps_its_inputs(rng):
     np.testing.assert_array_equal(result["y"], 2 * np.asarray(x))
     program()
     assert result["y"].is_deleted()
-    program.feed(x + 1)
+    program.set_inputs(x + 1)
     program()
     np.testing.assert_array_equal(program.result()["y"], 2 * (np.asarray(x) + 1))
 
 
 @pytest.mark.parametrize("axis", [1, -1])
-def test_the_truth_is_the_oracles(rng, axis):
-    """Also in blocks of channels: there are more than one block holds."""
+def test_reference_equals_oracle(rng, axis):
+    """Cover more features than one block holds."""
     shape = Shape("", (6, 20, 3, 18), axis)
     task = some_task(rng, shape, loc=3.0, momentum=0.0)
     given = {name: getattr(task, name) for name in Case._fields if hasattr(task, name)}
     zeros = np.zeros(task.features)
     case = Case(**given, dmean=zeros, dvar=zeros)
-    want = train_step(case, axis=axis, momentum=0.0, unbiased=False)
-    got = _task.truth(task)
+    expected = train_step(case, axis=axis, momentum=0.0, unbiased=False)
+    got = _task.reference(task)
     for name in got._fields:
         np.testing.assert_allclose(
-            getattr(got, name), getattr(want, name), rtol=1e-5, atol=1e-6, err_msg=name
+            getattr(got, name),
+            getattr(expected, name),
+            rtol=1e-5,
+            atol=1e-6,
+            err_msg=name,
         )
 
 
 @pytest.mark.parametrize("name", ["jaxbn", "jaxbn.linen", "flax.nnx"])
-def test_a_peer_computes_the_truth_again_and_again(rng, name):
-    """On a second task by the programs of the first, as the accuracy is measured."""
+def test_run_step_equals_reference_on_every_task(rng, name):
+    """The programs of the first task also run the second, as for the accuracy."""
     tasks = [some_task(rng, loc=loc, momentum=0.0) for loc in (0.0, 2.0)]
-    layers = [_peers.PEERS[name].build(task) for task in tasks]
+    layers = [_libraries.LIBRARIES[name].build(task) for task in tasks]
     programs = _programs.step(tasks[0], layers[0])
     for task, layer in zip(tasks, layers, strict=True):
-        got = _programs.rerun(task, layer, *programs)
-        want = _task.truth(task)
-        assert _task.disagreement(task, got, want) is None
-        np.testing.assert_allclose(got.mean, want.mean, atol=1e-5)
-        np.testing.assert_allclose(got.var, want.var, rtol=1e-5)
+        got = _programs.run_step(task, layer, *programs)
+        expected = _task.reference(task)
+        assert _task.find_mismatch(task, got, expected) is None
+        np.testing.assert_allclose(got.mean, expected.mean, atol=1e-5)
+        np.testing.assert_allclose(got.var, expected.var, rtol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["y", "dx", "dscale", "dbias"])
-def test_a_peer_that_computes_something_else_is_refused(rng, name):
+def test_find_mismatch_names_wrong_result(rng, name):
     task = some_task(rng)
-    want = _task.truth(task)
-    off = want._replace(**{name: 1.01 * getattr(want, name)})
-    assert _task.disagreement(task, want, want) is None
-    assert _task.disagreement(task, off, want) == (
+    expected = _task.reference(task)
+    wrong = expected._replace(**{name: 1.01 * getattr(expected, name)})
+    assert _task.find_mismatch(task, expected, expected) is None
+    assert _task.find_mismatch(task, wrong, expected) == (
         f"{name} is off by 0.01 of its largest entry"
     )
-    nan = want._replace(**{name: np.nan * getattr(want, name)})
-    assert name in _task.disagreement(task, nan, want)
+    nan = expected._replace(**{name: np.nan * getattr(expected, name)})
+    assert name in _task.find_mismatch(task, nan, expected)
 
 
-def test_residuals_are_counted_once(rng):
-    """jaxbn's: x, which is an input, and vectors, none of x's size."""
+def test_result_avals_count_each_residual_once(rng):
+    """jaxbn keeps x, which is an input, and vectors."""
     task = some_task(rng, Shape("", (512, 4)))
-    layer = _peers.PEERS["jaxbn"].build(task)
-    held = _programs.forward(layer, jnp.asarray(task.x)).held(2)
-    assert [aval.shape for aval in held].count((512, 4)) == 1
-    assert sum(aval.size for aval in held) < 2 * 512 * 4
+    layer = _libraries.LIBRARIES["jaxbn"].build(task)
+    residuals = _programs.forward(layer, jnp.asarray(task.x)).result_avals(2)
+    assert [aval.shape for aval in residuals].count((512, 4)) == 1
+    assert sum(aval.size for aval in residuals) < 2 * 512 * 4
 
 
-def test_missing_peers_are_named(monkeypatch):
-    absent = _peers.Peer(_peers.haiku, "no_such_module")
-    monkeypatch.setitem(_peers.PEERS, "absent", absent)
-    found, missing = _peers.available(["jaxbn", "absent"])
+def test_available_reports_missing_libraries(monkeypatch):
+    absent = _libraries.Library(_libraries.haiku, "no_such_module")
+    monkeypatch.setitem(_libraries.LIBRARIES, "absent", absent)
+    found, missing = _libraries.available(["jaxbn", "absent"])
     assert list(found) == ["jaxbn"]
     assert missing == {"absent": "No module named 'no_such_module'"}
 
 
-def test_missing_torch_is_named():
+def test_torch_reports_missing_interpreter():
     torch = Torch("no_such_interpreter")
     torch.close()
     assert torch.version is None
     assert torch.missing == "No such file or directory"
 
 
-def test_unknown_names_are_refused(capsys):
-    for option in ("--only", "--peers"):
+def test_parse_arguments_rejects_unknown_names(capsys):
+    for option in ("--only", "--libraries"):
         with pytest.raises(SystemExit):
-            arguments([option, "jaxbn,nonsense"])
+            parse_arguments([option, "jaxbn,nonsense"])
         assert "there is no" in capsys.readouterr().err
 
 
-def test_collectives_are_counted_from_text():
+def test_collectives_reads_kinds_and_bytes():
     text = """
     %a = f32[2,3]{1,0} all-reduce(%x), channel_id=1
     ROOT %b = (f32[4]{0}, bf16[2]{0}) all-gather-start(%y), dimensions={0}
@@ -160,11 +173,11 @@ def test_collectives_are_counted_from_text():
     assert _devices.collectives(text) == [("all-reduce", 24), ("all-gather", 20)]
 
 
-def row(peer, shape, median, work="both", dtype="float32"):
-    about = {"dims": [4, 2], "floor": 1.0, "rounds": 3, "ratio": median}
+def row(library, shape, median, phase="both", dtype="float32"):
+    case = {"dims": [4, 2], "floor": 1.0, "rounds": 3, "ratio": median}
     times = {"median": median, "low": median, "high": median}
-    names = {"peer": peer, "shape": shape, "work": work, "dtype": dtype}
-    return about | times | names
+    names = {"library": library, "shape": shape, "phase": phase, "dtype": dtype}
+    return case | times | names
 
 
 ROWS = [
@@ -177,9 +190,8 @@ ROWS = [
 ]
 
 
-def test_the_summary_has_wins_and_losses():
-    """And torch in the layout that was faster."""
-    found = {r["peer"]: r for r in _layers.summary(ROWS)}
+def test_summary_has_ratios_and_faster_torch():
+    found = {r["library"]: r for r in _layers.summary(ROWS)}
     assert math.isclose(found["flax.linen"]["geometric_mean"], 2.0)
     assert (found["flax.linen"]["below_1"], found["flax.linen"]["shapes"]) == (0, 2)
     torch = found["torch, faster layout"]
@@ -187,27 +199,77 @@ def test_the_summary_has_wins_and_losses():
     assert "jaxbn" not in found
 
 
+def test_compile_programs_train_through_all_layers(rng):
+    """Two layers show that each one has a gradient and new state, as Flax's have."""
+    task = some_task(rng, _compile.SHAPE)
+    kernels = rng.normal(size=(2, 32, 32)).astype(np.float32)
+    results = []
+    for name in _compile.LIBRARIES:
+        layer = _libraries.LIBRARIES[name].build(task)
+        arguments = _compile.network_arguments(layer, kernels, task.x)
+        step, forward = _compile.programs(layer).values()
+        grads, state = step(*arguments)
+        assert all(jnp.any(grad) for grad in jax.tree.leaves(grads))
+        y, same_state = forward(*arguments)
+        jax.tree.map(assert_near, state, same_state)
+        results.append((y, [kernel_grad for kernel_grad, _ in grads]))
+    for result in results[1:]:
+        jax.tree.map(assert_near, result, results[0])
+
+
+def assert_near(actual, expected):
+    np.testing.assert_allclose(actual, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_cpu_seconds_times_lowering_and_compilation():
+    seconds = _compile.cpu_seconds(lambda x: x + 1, (jnp.ones(2),))
+    assert seconds.keys() == {"lower", "compile"}
+    assert min(seconds.values()) > 0
+
+
+def test_summarize_stages_divides_by_flax():
+    samples = {
+        ("flax.linen", "forward"): [{"lower": 1.0, "compile": 2.0}] * 3,
+        ("jaxbn", "forward"): [{"lower": 0.5, "compile": 3.0}] * 3,
+    }
+    rows = _compile.summarize_stages(samples)
+    assert [row["ratio"] for row in rows] == [1.0, 1.0, 0.5, 1.5]
+    rows = _compile.summarize_stages(
+        {("jaxbn", "forward"): samples["jaxbn", "forward"]}
+    )
+    assert [row["ratio"] for row in rows] == [None, None]
+
+
+def test_compile_table_has_a_line_per_program_and_library():
+    samples = {("flax.linen", "forward"): [{"lower": 1.0, "compile": 2.0}]}
+    rows = _compile.summarize_stages(samples)
+    data = {"section": "compile", "rows": rows, "depth": 50, "dims": (128, 32)}
+    (table,) = _report.pages(data)["compile"]
+    line = ["forward", "flax.linen", "1.00 ±0%", "1.00", "2.00 ±0%", "1.00"]
+    assert table.rows == [line]
+
+
 def layers_data() -> dict:
-    about = {"seed": 0, "quick": True, "machine": {}, "versions": {}, "missing": {}}
+    metadata = {"seed": 0, "quick": True, "machine": {}, "versions": {}, "missing": {}}
     summary = _layers.summary(ROWS)
-    found = {"rows": ROWS, "refused": [], "summary": summary, "flags": {}}
-    return {"section": "layers", "command": "python -m benchmarks"} | about | found
+    found = {"rows": ROWS, "rejected": [], "summary": summary, "flags": {}}
+    return {"section": "layers", "command": "python -m benchmarks"} | metadata | found
 
 
-def test_json_and_tables_of_a_section(tmp_path):
+def test_save_writes_json_and_tables(tmp_path):
     data = layers_data()
     _report.save(data | {"worst": math.nan}, tmp_path)
     saved = json.loads((tmp_path / "layers.json").read_text())
-    about = ("section", "command", "quick", "seed", "machine", "versions", "flags")
-    assert {*about, "missing", "rows"} <= saved.keys()
+    keys = ("section", "command", "quick", "seed", "machine", "versions", "flags")
+    assert {*keys, "missing", "rows"} <= saved.keys()
     assert saved["worst"] is None
     assert saved["rows"] == ROWS
     assert "| torch, faster layout | 0.50<br>(1 of 1) |" in (
-        (tmp_path / "layers.md").read_text()
+        (tmp_path / "layers-summary.md").read_text()
     )
 
 
-def test_the_page_is_filled_between_its_marks():
+def test_fill_replaces_text_between_marks():
     page = (
         "a\n<!-- table: x -->\nold\n<!-- end -->\nb\n<!-- table: y -->\n<!-- end -->\n"
     )
@@ -215,6 +277,6 @@ def test_the_page_is_filled_between_its_marks():
     assert filled == page.replace("old\n", "new \\1\n")
 
 
-def test_every_shape_has_its_own_name_and_a_feature_axis():
+def test_shapes_have_unique_names_and_16_features():
     assert len({shape.name for shape in ALL}) == len(ALL)
     assert all(shape.dims[shape.axis] >= 16 for shape in ALL)

@@ -1,6 +1,6 @@
-"""The example with several processes: each fault, and the run it must equal.
+"""Compare runs of the multi-process example with faults to a run without faults.
 
-Every run is of real processes, started by the example's own launcher.
+Every run uses real processes, started by the launcher of the example.
 """
 
 import importlib
@@ -33,7 +33,7 @@ def command(output, *flags, steps=STEPS) -> list[str]:
 
 
 def options(output) -> dict:
-    # Starting is most of the time: what one run has compiled, the others take.
+    # Most of the time goes to starting, so all runs share one compilation cache.
     cache = {"JAX_COMPILATION_CACHE_DIR": str(output.parent / "compiled")}
     cache |= {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
     return {"env": os.environ | cache, "text": True}
@@ -56,7 +56,7 @@ def assert_identical(actual: dict, expected: dict) -> None:
 
 
 def processes_with(text) -> list[str]:
-    """The command lines in which the text is."""
+    """Return the command lines that contain the text."""
     ps = subprocess.run(["ps", "-A", "-ww", "-o", "args"], stdout=-1, text=True)
     return [line for line in ps.stdout.splitlines() if str(text) in line]
 
@@ -70,7 +70,7 @@ def wait_until(condition, timeout=60.0) -> None:
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory) -> dict:
-    """Of a run without faults; each worker is started as on a host of its own."""
+    """Return the result without faults; each worker starts as on its own host."""
     output = tmp_path_factory.mktemp("undisturbed")
     with socket.create_server(("localhost", 0)) as server:
         coordinator = f"--coordinator=localhost:{server.getsockname()[1]}"
@@ -98,8 +98,10 @@ def example(monkeypatch) -> Any:
 @pytest.mark.parametrize(
     ("killed_after", "resumed"), [(6, "Resuming from step 4."), (2, None)]
 )
-def test_killed_worker_changes_nothing(killed_after, resumed, undisturbed, tmp_path):
-    """Killed before its first checkpoint, the run starts anew."""
+def test_killed_worker_does_not_change_the_result(
+    killed_after, resumed, undisturbed, tmp_path
+):
+    """A run that is killed before its first checkpoint starts from step 0."""
     done = run(tmp_path, f"--kill-after={killed_after}")
     assert done.returncode == 0, done.stderr
     first, again = done.stdout.split("Launcher: worker 1 was killed by SIGKILL")
@@ -110,7 +112,7 @@ def test_killed_worker_changes_nothing(killed_after, resumed, undisturbed, tmp_p
 
 
 def test_half_written_checkpoint_is_skipped(undisturbed, tmp_path):
-    """Both kinds: complete in name but truncated, and what a save that died leaves."""
+    """One checkpoint is truncated; another remains of an interrupted save."""
     assert run(tmp_path, steps=8).returncode == 0
     checkpoints = tmp_path / RUN
     truncate(max((checkpoints / "8").rglob("*"), key=lambda file: file.stat().st_size))
@@ -127,7 +129,7 @@ def truncate(file: Path) -> None:
     os.truncate(file, file.stat().st_size // 2)
 
 
-# By itself, for where one read fails Orbax leaves the others to complain at random.
+# Run alone, because after one failed read Orbax reports others at random.
 TRUNCATE_EACH = """
 import os, shutil, sys, warnings
 from pathlib import Path
@@ -154,7 +156,7 @@ with ocp.CheckpointManager(directory) as manager:
 """
 
 
-def test_whichever_file_is_truncated_no_wrong_state_is_restored(tmp_path):
+def test_restore_returns_no_wrong_state_from_truncated_files(tmp_path):
     done = subprocess.run(
         [sys.executable, "-c", TRUNCATE_EACH, tmp_path],
         cwd=EXAMPLES,
@@ -167,7 +169,7 @@ def test_whichever_file_is_truncated_no_wrong_state_is_restored(tmp_path):
 
 
 def test_uneven_last_batches_are_masked_not_dropped(example, undisturbed):
-    """The two processes equal one that takes the valid rows alone, without padding."""
+    """Two processes equal one process that gets only the valid rows, unpadded."""
     shards = example.load_digits(example.split(0, ROWS, PROCESSES)[1:])
     sizes = [len(labels) for _, labels in shards]
     steps_per_epoch = -(-max(sizes) // BATCH)
@@ -193,7 +195,7 @@ def test_uneven_last_batches_are_masked_not_dropped(example, undisturbed):
         np.testing.assert_allclose(undisturbed[name], np.asarray(a), **close)
 
 
-def test_each_epoch_has_each_row_once(example):
+def test_epoch_contains_each_row_once(example):
     rows, steps_per_epoch, orders = np.arange(50), 7, []
     for epoch in range(2):
         steps = range(epoch * steps_per_epoch, (epoch + 1) * steps_per_epoch)
@@ -223,8 +225,8 @@ launch(lambda attempt: [[*worker, *sys.argv[2:]]] * 2, restarts=0)
 """
 
 
-def test_launcher_gives_up():
-    """Whatever is tried, one worker fails, and the others would wait for it."""
+def test_launcher_gives_up_after_its_restarts():
+    """One worker fails at each attempt, while the others would wait for it."""
     fails = 'import sys, time; "1" in sys.argv and sys.exit(3); time.sleep(600)'
     launcher = f"""
 import sys
@@ -242,7 +244,7 @@ launch(lambda attempt: [[*worker, str(i)] for i in range(3)], restarts=2)
 
 
 @pytest.mark.parametrize("end", ["SIGINT", "SIGTERM", "SIGTERM deaf", "SIGKILL deaf"])
-def test_no_worker_outlives_its_launcher(end, tmp_path):
+def test_workers_end_with_their_launcher(end, tmp_path):
     name, *deaf = end.split()
     start = [sys.executable, "-c", LAUNCHER, WORKER, str(tmp_path), *deaf]
     with subprocess.Popen(start, cwd=EXAMPLES, stderr=subprocess.DEVNULL) as launcher:

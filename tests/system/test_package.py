@@ -1,11 +1,10 @@
-"""What the package is made of and promises as a whole."""
+"""Test the imports, the requirements and the public names of the package."""
 
-import subprocess
-import sys
 from importlib.metadata import requires, version
 from types import ModuleType
 
 import pytest
+from helpers import run_script
 
 import jaxbn
 
@@ -21,25 +20,21 @@ print(sorted(after & {{"flax", "optax", "chex", "beartype", "matplotlib"}}))
 @pytest.mark.parametrize(
     ("also", "found"), [("", "[]"), (", optax", "['optax']"), (".linen", "'flax'")]
 )
-def test_the_core_imports_neither_flax_nor_optax(also, found):
-    """The other rows test the test: it would see an import."""
-    script = LIST_IMPORTS.format(also=also)
-    run = subprocess.run(
-        [sys.executable, "-c", script], capture_output=True, text=True, check=True
-    )
-    assert found in run.stdout
+def test_core_imports_neither_flax_nor_optax(also, found):
+    """The other parameters test that the script detects an import."""
+    assert found in run_script(LIST_IMPORTS.format(also=also))
 
 
-def test_the_core_requires_jax_and_jaxtyping_only():
+def test_core_requires_only_jax_and_jaxtyping():
     core = [r for r in requires("jaxbn") or [] if "extra ==" not in r]
     assert sorted(r.partition(">")[0] for r in core) == ["jax", "jaxtyping"]
 
 
-def test_version():
+def test_version_matches_the_metadata():
     assert jaxbn.__version__ == version("jaxbn")
 
 
-def test_without_flax_the_core_works_and_the_layers_say_what_is_missing():
+def test_core_works_without_flax_and_linen_error_names_flax():
     script = """
 import sys
 sys.modules["flax"] = None  # as if it were not installed
@@ -50,18 +45,15 @@ try:
 except ModuleNotFoundError as error:
     print(error)
 """
-    run = subprocess.run(
-        [sys.executable, "-c", script], capture_output=True, text=True, check=True
-    )
-    assert "flax" in run.stdout
+    assert "flax" in run_script(script)
 
 
-def test_an_unknown_name_is_an_attribute_error():
+def test_unknown_name_raises_attribute_error():
     with pytest.raises(AttributeError, match="module 'jaxbn' has no attribute 'haiku'"):
         jaxbn.haiku  # noqa: B018  # pyright: ignore[reportAttributeAccessIssue]
 
 
-def test_public_names():
+def test_public_names_are_complete_and_documented():
     public = {
         name
         for name, value in vars(jaxbn).items()

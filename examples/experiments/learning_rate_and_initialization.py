@@ -1,12 +1,12 @@
-"""Larger rates, worse initial weights, fewer epochs: the three benefits, measured.
+"""Measure the largest learning rate, tolerance of initial weights, and epochs to 90%.
 
 Layers of 100 ReLUs, He's weights, 4,000 digits, plain SGD on batches of 64, 5 seeds;
-weights and batches are the same with and without. Chosen beforehand: 8 layers where the
-question is not depth; a rate of 0.1 for both; the best rate, by the digits held out, of
-RATES for each. A rate fails if after two epochs the mean loss of the last half epoch is
-not below 95 % of ln 10, the loss of guessing. Bisection from 0.01 (the result if none
-works) to 100 finds a rate that works and one a third above that fails; a scan counts
-where that misleads. A finding says yes if the ranges over seeds do not overlap.
+both networks use the same weights and batches. Chosen in advance: 8 layers unless depth
+varies; a rate of 0.1 for both, and the best of RATES for each on the held-out digits.
+A rate fails if, after two epochs, the mean loss of the last half epoch is at least 95%
+of ln 10, the loss of guessing. Bisection between 0.01 (the result if no rate works) and
+100 finds a rate that works and one a third larger that fails; a scan counts the rates
+that contradict it. A finding is "yes" if the ranges over seeds do not overlap.
 """
 
 from collections.abc import Callable
@@ -28,7 +28,7 @@ accuracies = jax.jit(jax.vmap(lab.accuracy, (0, None)))
 def train(
     data: tuple, seeds: int, epochs: int, net: tuple, rates: Any, scale: float = 1.0
 ) -> list[np.ndarray]:
-    """By seed and half epoch, mean loss and accuracy; `net` is (norm, depth)."""
+    """Return mean loss and accuracy by seed and half epoch; `net` is (norm, depth)."""
     models = lab.inits(seeds, *net, std=lambda n_in: scale * lab.he(n_in))
     rows = [lab.draw_rows(seed, 2 * HALF * epochs, BATCH) for seed in range(seeds)]
 
@@ -39,7 +39,7 @@ def train(
 
 
 def bisect(works: Callable, seeds: int, halvings: int) -> np.ndarray:
-    """On a log scale, a bracket for each seed: the largest rates seen to work."""
+    """Bisect rates on a log scale per seed; return the largest that worked."""
     low, high = np.full(seeds, SCAN[0]), np.full(seeds, SCAN[-1])
     for _ in range(halvings):
         middle = np.sqrt(low * high)
@@ -49,7 +49,7 @@ def bisect(works: Callable, seeds: int, halvings: int) -> np.ndarray:
 
 
 def measure(args: lab.Arguments, data: tuple, norm: bool) -> dict[str, dict]:
-    """By depth the largest rate, by rate the last loss, by scale all accuracies."""
+    """Return the largest rate by depth, last loss by rate, accuracies by scale."""
     seeds, scales = args.pick(1, 5, 5), args.pick((1.0,), SCALES, SCALES)
     depths = args.pick((DEPTH,), (2, 8, 32, 64), (2, 4, 8, 16, 32, 64))
     few, more = (partial(train, data, seeds, args.pick(1, n, 2 * n)) for n in (2, 4))
@@ -72,12 +72,12 @@ def measure(args: lab.Arguments, data: tuple, norm: bool) -> dict[str, dict]:
 
 
 def best(scores: np.ndarray) -> int:
-    """Of rates × seeds, the rate with the highest mean."""
+    """Return the index of the rate with the highest mean; scores are rates × seeds."""
     return int(scores.mean(1).argmax())
 
 
 def numbers(found: dict[str, dict]) -> dict[str, np.ndarray]:
-    """The rows of the table: a number for each seed."""
+    """Return the rows of the table, one number per seed."""
     rows = {f"Largest rate, {d} layers": rates for d, rates in found["largest"].items()}
     limit, scan = found["largest"][DEPTH], found["scan"].items()
     wrong = [(loss < FAILED) != (rate <= limit) for rate, loss in scan]
@@ -92,7 +92,7 @@ def numbers(found: dict[str, dict]) -> dict[str, np.ndarray]:
 
 
 def findings(without: dict, normed: dict) -> dict[str, bool]:
-    """What speaks for the claim, or against it."""
+    """Return the findings, and whether each supports the claim."""
     found = {}
     for name, b in normed.items():
         a, higher = without[name], not name.startswith("Epochs")
@@ -103,7 +103,7 @@ def findings(without: dict, normed: dict) -> dict[str, bool]:
 
 
 def draw(found: dict[bool, dict]) -> Figure:
-    """The largest rates, the scan, accuracies by scale and by epoch."""
+    """Plot the largest rates, the scan, and accuracies by scale and by epoch."""
     figure = Figure(figsize=(10, 7.5), layout="constrained")
     (rates, scan), (by_scale, by_epoch) = figure.subplots(2, 2)
     for norm, of in found.items():
@@ -132,7 +132,7 @@ def draw(found: dict[bool, dict]) -> Figure:
 
 
 def main() -> None:
-    """Both networks; a table and a picture of them."""
+    """Measure both networks; write a table and a picture."""
     args, data = lab.arguments(__doc__), lab.digits()
     found = {norm: measure(args, data, norm) for norm in NAME}
     rows, table = [numbers(of) for of in found.values()], [["", *NAME.values()]]

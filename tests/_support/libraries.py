@@ -1,7 +1,7 @@
-"""The same small net in each library that jaxbn converts from and to.
+"""The same small network in each library that jaxbn converts from and to.
 
-`depth` batch norms with tanh between them, on x of shape (N, C). Each peer trains
-itself in place, infers, and is read and written through `jaxbn.convert`.
+`depth` batch norms with tanh between them, on x of shape (N, C). Each network trains in
+place, runs inference, and is read and written through `jaxbn.convert`.
 """
 
 import atexit
@@ -10,7 +10,7 @@ import shutil
 import tempfile
 from typing import Any
 
-# Before Keras is imported, which writes a file: not to the home directory.
+# Keras writes a file when it is imported; keep it out of the home directory.
 os.environ["KERAS_BACKEND"] = "jax"
 os.environ["KERAS_HOME"] = tempfile.mkdtemp(prefix="jaxbn-keras-")
 
@@ -30,12 +30,12 @@ DECAY = 0.9
 
 
 def interleaved(norms, tanh):
-    """The norms with a tanh between each two."""
+    """Insert a tanh between consecutive norms."""
     return [layer for norm in norms for layer in (tanh, norm)][1:]
 
 
-class Peer:
-    """What the tests ask of a library."""
+class Library:
+    """Define the interface that the tests use."""
 
     epsilon = 1e-5
     unbiased = False
@@ -43,14 +43,14 @@ class Peer:
     names: dict[str, str]
 
     def momentum(self, count: int) -> float:
-        """Ours, for the step that this library takes after `count` batches."""
+        """Return jaxbn's momentum for this library's step after `count` batches."""
         return DECAY
 
     def named(self, *names):
         return {name: f"BatchNorm_{i}" for i, name in enumerate(names)}
 
 
-class Torch(Peer):
+class Torch(Library):
     unbiased = True
 
     def __init__(self, depth=1, scale=True, bias=True):
@@ -85,7 +85,7 @@ class Torch(Peer):
         self.net.load_state_dict(convert.to_torch_tree(variables, self.names, old))
 
 
-class Keras(Peer):
+class Keras(Library):
     epsilon = 1e-3
     counts = False
 
@@ -130,7 +130,7 @@ class Keras(Peer):
         return {weight.path: weight for weight in self.net.weights}
 
 
-class Haiku(Peer):
+class Haiku(Library):
     def __init__(self, depth=1, scale=True, bias=True):
         def net(x, train):
             for i in range(depth):
@@ -168,7 +168,7 @@ class Haiku(Peer):
         )
 
 
-class Equinox(Peer):
+class Equinox(Library):
     mode: Any = "batch"
 
     def __init__(self, depth=1, scale=True, bias=True):
@@ -195,7 +195,7 @@ class Equinox(Peer):
         return self._run(eqx.nn.inference_mode(self.net), x)[0]
 
     def _run(self, net, x):
-        state = jax.tree.map(lambda a: a, self.state)  # for `set` uses the old one up
+        state = jax.tree.map(lambda a: a, self.state)  # `set` invalidates the old state
         return jax.vmap(net, axis_name="rows", in_axes=(0, None), out_axes=(0, None))(
             x, state
         )
@@ -226,6 +226,6 @@ class EquinoxEma(Equinox):
         return DECAY
 
 
-PEERS: dict[str, Any] = {
-    peer.__name__: peer for peer in (Torch, Keras, Haiku, Equinox, EquinoxEma)
+LIBRARIES: dict[str, Any] = {
+    library.__name__: library for library in (Torch, Keras, Haiku, Equinox, EquinoxEma)
 }

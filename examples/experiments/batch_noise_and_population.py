@@ -1,14 +1,14 @@
-"""A batch's mean is not E[x]: its noise, and which statistics to take for inference.
+"""Measure the noise of batch statistics, and compare statistics for inference.
 
 A network of 3 × 100 ReLUs, SGD at rate 0.1, 16 epochs (--full: 64), 5 seeds: not tuned.
-What small batches do to the accuracy: small_batches.py.
+small_batches.py measures how small batches change the accuracy.
 
-1. Batches of 64. Running statistics, and those of the population (an epoch of fresh
-   batches, present weights), against the truth: all training images as one batch.
-   Errors are |mean - mean*| / std* and |ln(var / var*)|, averaged over channels.
-2. Then, batches of m random images: how far the mean and the variance of a layer's
-   input and the y of one image spread, in units of std*, var*, and the std of y.
-   Theory: ∝ 1/√m, of the variance and of y for large m only.
+1. Batches of 64: running statistics and population statistics (an epoch of fresh
+   batches with the current weights) versus the truth, all training images as one batch.
+   Errors are |mean - mean*| / std* and |ln(var / var*)|, averaged over features.
+2. After training, batches of m random images: the standard deviation of a layer's mean
+   and variance, and of y for one image, in units of std*, var*, and the std of y.
+   Theory: proportional to 1/√m; for the variance and y only if m is large.
 """
 
 from typing import Any
@@ -29,12 +29,12 @@ SIZES = (2, 4, 8, 16, 64, 256)
 
 
 def by_layer(state: tuple) -> jaxbn.BatchNormState:
-    """The statistics of all layers, depth × width."""
+    """Stack the statistics of all layers, depth × width."""
     return jax.tree.map(lambda one, rest: jnp.concatenate([one[None], rest]), *state)
 
 
 def errors(state: tuple, truth: tuple) -> Array:
-    """|mean - mean*| / std* and |ln(var / var*)|, averaged over layers and channels."""
+    """Average |mean - mean*| / std* and |ln(var / var*)| over layers and features."""
     stats, true = by_layer(state), by_layer(truth)
     mean, ratio = (stats.mean - true.mean) / true.var**0.5, stats.var / true.var
     return jnp.abs(jnp.stack([mean, jnp.log(ratio)])).mean((1, 2))
@@ -42,15 +42,15 @@ def errors(state: tuple, truth: tuple) -> Array:
 
 @jax.jit
 def follow(model: lab.Model, train: lab.Digits, chunks: Array, fresh: Array) -> tuple:
-    """Train by `chunks` × steps × 64: the model; errors, chunks × `ESTIMATES` × 2."""
+    """Train on `chunks` × steps × 64; return the model and errors by `ESTIMATES`."""
 
     def chunk(models: list, rows: Array) -> tuple[list, Array]:
-        # The weights are the same: running statistics have no say in training.
+        # The weights stay equal: running statistics have no effect in training.
         each = zip(models, MOMENTA.values(), strict=True)
         models = [lab.sgd(m, train, rows, 0.1, momentum=k)[0] for m, k in each]
         params, state = models[0]
         _, truth, _ = lab.network(params, state, train.images, True, momentum=0.0)
-        # At rate 0 the weights stay: E[mean_B] and m/(m-1) E[var_B] of fresh batches.
+        # At rate 0 the weights stay: E(mean_B) and m/(m-1) E(var_B) of fresh batches.
         empty = params, jax.tree.map(jnp.zeros_like, state)
         population, _ = lab.sgd(empty, train, fresh, 0.0, momentum=None)
         return models, jnp.stack([errors(m[1], truth) for m in (*models, population)])
@@ -61,7 +61,7 @@ def follow(model: lab.Model, train: lab.Digits, chunks: Array, fresh: Array) -> 
 
 @jax.jit
 def noise(model: lab.Model, train: lab.Digits, image: Array, rows: Array) -> Array:
-    """Over the batches `rows` × m: the four `NOISES`, and E[var_B] / var*, biased."""
+    """Return the four `NOISES` over batches × m, and the biased E(var_B) / var*."""
 
     def measure(x: Array) -> tuple[Array, Array, Array]:
         _, state, y = lab.network(*model, x, True, momentum=0.0, unbiased=False)
@@ -78,7 +78,7 @@ def noise(model: lab.Model, train: lab.Digits, image: Array, rows: Array) -> Arr
 
 
 def draw(tracks: np.ndarray, noises: np.ndarray) -> Figure:
-    """Noise by m; errors of statistics in the course of training."""
+    """Plot noise by m, and errors of the statistics during training."""
     figure = Figure(figsize=(11, 4), layout="constrained")
     by_size, *by_time = figure.subplots(1, 3)
     for k, name in enumerate(NOISES):
@@ -97,7 +97,7 @@ def draw(tracks: np.ndarray, noises: np.ndarray) -> Figure:
 
 
 def judge(tracks: np.ndarray, noises: np.ndarray) -> dict[str, Any]:
-    """What was found, with its figures, and whether it speaks for the claim."""
+    """Return the findings, with their figures, and whether each supports the claim."""
     logs = np.log(noises.mean(0)[-3:, :4])
     powers, _ = np.polyfit(np.log(SIZES[-3:]), logs, 1)
     exponents = ", ".join(f"{power:.2f}" for power in powers)
@@ -117,7 +117,7 @@ def judge(tracks: np.ndarray, noises: np.ndarray) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Measure, judge, report."""
+    """Train and measure for each seed; write a table and a picture."""
     args, data = lab.arguments(__doc__), lab.digits()
     runs, every = args.pick((1, 2), (5, 50), (5, 200))
     rng, tracks, noises = np.random.default_rng(0), [], []

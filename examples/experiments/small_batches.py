@@ -1,8 +1,8 @@
-"""Small batches: the same gradients, but fewer images that share statistics.
+"""Train with statistics of fewer images, at the same number of images per gradient.
 
-A network of 3 × 100 ReLUs, SGD at rate 0.1, 200 steps (--full: 1000), 5 seeds, untuned.
-The gradient is always that of 256 images, but only groups of m share statistics, as on
-256/m devices, whose running ones are averaged; or statistics are synchronized.
+A network of 3 × 100 ReLUs, SGD at rate 0.1, 200 steps (--full: 1000), 5 seeds: not
+tuned. Each gradient averages 256 images, but only groups of m share statistics, as on
+256/m devices, with averaged running statistics; or all groups are synchronized.
 """
 
 from typing import Any
@@ -19,10 +19,10 @@ KINDS = "running statistics", "biased variances", "statistics of all images"
 
 @jax.jit(static_argnames="axis_name")
 def fit(data: tuple, model: lab.Model, rows: Array, axis_name: Any = None) -> Array:
-    """Train by `rows`, steps × groups × m: accuracies by `KINDS`, second and last loss.
+    """Train on `rows`, steps × groups × m; return accuracies by `KINDS` and two losses.
 
-    Each group takes an SGD step of its own. The average of the models that these leave
-    is the model after one step by the gradient of the mean loss.
+    Each group takes its own SGD step. The average of the resulting models equals one
+    step along the gradient of the mean loss. The losses are the second and the last.
     """
     (test, train), (_, groups, m) = data, rows.shape
     sharing = m * groups if axis_name else m
@@ -44,7 +44,7 @@ def fit(data: tuple, model: lab.Model, rows: Array, axis_name: Any = None) -> Ar
 
 
 def draw(sizes: tuple, fits: np.ndarray) -> Figure:
-    """Test errors by the number of images that share statistics."""
+    """Plot test errors by the number of images that share statistics."""
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     axes = figure.subplots()
     for k, name in enumerate(KINDS):
@@ -59,7 +59,7 @@ def draw(sizes: tuple, fits: np.ndarray) -> Figure:
 
 
 def judge(sizes: tuple, fits: np.ndarray) -> dict[str, Any]:
-    """What was found, with its figures, and whether it speaks for the claim."""
+    """Return the findings, with their figures, and whether each supports the claim."""
     small, large = sizes[0], sizes[-1]
     *by_size, synced = fits[..., 0].mean(0)
     low, biased, whole, _, last = fits[:, 0].mean(0)
@@ -85,7 +85,7 @@ def judge(sizes: tuple, fits: np.ndarray) -> dict[str, Any]:
 
 
 def main() -> None:
-    """All sizes of groups; a table and a picture of them."""
+    """Train with all group sizes; write a table and a picture."""
     args, data = lab.arguments(__doc__), lab.digits()
     runs, steps = args.pick((1, 10), (5, 200), (5, 1000))
     sizes, fits = (2, 256) if args.quick else (2, 4, 8, 16, 64, 256), []

@@ -1,9 +1,9 @@
-"""Two features of a digit, 20 times apart in scale, and the learning rate they need.
+"""Compare learning rates for two features whose scales differ by a factor of 20.
 
-Is it a one? A linear model is asked, by the digit's width in pixels and by its likeness
-to itself upside down. Full-batch gradient descent on the squared error, from 0, once on
-the features as they are and once behind a batch norm. The model's bias is at its best
-all the way, so that only scales differ: the loss has two parameters, and can be drawn.
+A linear model recognizes the digit one from two features: its width in pixels, and its
+correlation with itself upside down. Full-batch gradient descent on the squared error
+starts at 0, once on raw features and once after batch norm. The bias is optimal at
+every step, so that the loss has two parameters and can be drawn.
 """
 
 import jax
@@ -29,7 +29,7 @@ Data = tuple[Array, Array]  # features and target
 
 
 def features(images: np.ndarray) -> Array:
-    """Width in pixels, and the correlation with the image turned by 180°."""
+    """Return width in pixels, and correlation with the image turned by 180°."""
     width = (images.reshape(-1, 28, 28) > 0.5).any(1).sum(1)
     pixels = images - images.mean(1, keepdims=True)
     symmetry = (pixels * pixels[:, ::-1]).sum(1) / (pixels**2).sum(1)
@@ -37,18 +37,18 @@ def features(images: np.ndarray) -> Array:
 
 
 def scaled(x: Array, norm: bool) -> Array:
-    """The features, through a batch norm or not."""
+    """Return the features, normalized if `norm`."""
     params, state = jaxbn.init(2, use_scale=False, use_bias=False)
     return jaxbn.batch_norm(params, state, x, train=True)[0] if norm else x
 
 
 def loss(w: Array, x: Array, target: Array, norm: bool, penalty: float = 0.0) -> Array:
-    """½ Var[target - w·x], the squared error with the best bias, + ½ penalty |w|²."""
+    """Compute ½ Var(target - w·x), the error with the best bias, + ½ penalty |w|²."""
     return (target - scaled(x, norm) @ w).var() / 2 + penalty * (w**2).sum() / 2
 
 
 def descend(rate: Array | float, data: Data, norm: bool, steps: int) -> Array:
-    """The weights on the way, steps + 1 of them."""
+    """Return the weights before each step and after the last, steps + 1 × 2."""
 
     def step(w: Array, _: None) -> tuple[Array, Array]:
         return w - rate * jax.grad(loss)(w, *data, norm), w
@@ -58,14 +58,14 @@ def descend(rate: Array | float, data: Data, norm: bool, steps: int) -> Array:
 
 
 def minimum(data: Data, norm: bool, penalty: float = 0.0) -> tuple[Array, Array]:
-    """The best weights, and the curvature: of a quadratic, one Newton step away."""
+    """Return the best weights, by one Newton step, and the curvature."""
     at = jnp.zeros(2), *data, norm, penalty
     curvature = jax.hessian(loss)(*at)
     return -jnp.linalg.solve(curvature, jax.grad(loss)(*at)), curvature
 
 
 def remaining(ws: Array, data: Data, norm: bool) -> Array:
-    """At each of the weights, what is left of the gain: 1 at w = 0, 0 at the best."""
+    """Return the remaining share of the gain: 1 at w = 0, 0 at the best weights."""
     best, _ = minimum(data, norm)
     ws = jnp.concatenate([jnp.stack([0 * best, best]), ws])
     first, least, *_ = losses = jax.vmap(lambda w: loss(w, *data, norm))(ws)
@@ -73,7 +73,7 @@ def remaining(ws: Array, data: Data, norm: bool) -> Array:
 
 
 def measure(data: Data, norm: bool, rates: Array, steps: int) -> dict:
-    """All that the table and the picture show of one arm."""
+    """Return the numbers of one arm for the table and the picture."""
     (best, curvature), x = minimum(data, norm), scaled(data[0], norm)
     last = jax.vmap(lambda rate: descend(rate, data, norm, steps)[-1])(rates)
     left, kept = remaining(last, data, norm), minimum(data, norm, PENALTY)[0] / best
@@ -84,7 +84,7 @@ def measure(data: Data, norm: bool, rates: Array, steps: int) -> dict:
 
 
 def draw_paths(axes: Axes, data: Data, norm: bool, arm: dict, steps: int = 30) -> None:
-    """The loss, and the ways down at three rates, in fractions of the largest one."""
+    """Plot the loss and paths at three rates, fractions of the largest stable rate."""
     best, size = np.asarray(arm["best"]), 1.3 * np.abs(arm["best"]).max()
     x, y = (np.linspace(c - size, c + size, 200) for c in best / 2)
     ws = jnp.stack(np.meshgrid(x, y), -1).reshape(-1, 2)
@@ -101,7 +101,7 @@ def draw_paths(axes: Axes, data: Data, norm: bool, arm: dict, steps: int = 30) -
 
 
 def draw(data: Data, arms: dict, rates: Array, steps: int) -> Figure:
-    """Contours and paths of both arms; what is left against the learning rate."""
+    """Plot contours and paths of both arms, and the remaining gain by rate."""
     figure = Figure(figsize=(10, 8), layout="constrained")
     panels = figure.subplot_mosaic("AB;CC", height_ratios=(1.6, 1))
     axes = panels["C"]
@@ -115,7 +115,7 @@ def draw(data: Data, arms: dict, rates: Array, steps: int) -> Figure:
 
 
 def column(arm: dict) -> list[str]:
-    """What the table says of one arm, `ROWS` of it."""
+    """Format the numbers of one arm, in the order of `ROWS`."""
     good, std, kept = arm["good"], arm["std"], arm["kept"]
     rates = f"{good[0]:.2g} to {good[-1]:.2g}" if len(good) else "none"
     numbers = (f"{arm[name]:.3g}" for name in ("correlation", "condition", "limit"))
@@ -124,7 +124,7 @@ def column(arm: dict) -> list[str]:
 
 
 def main() -> None:
-    """Two arms; a table and a picture of them."""
+    """Measure both arms; write a table and a picture."""
     args = arguments(__doc__)
     _, train = digits()
     data = features(np.asarray(train.images)), (train.labels == 1) * 1.0

@@ -1,6 +1,6 @@
-"""The peers in JAX: the same layer in each library, as pure functions.
+"""The same layer in each JAX library, as pure functions.
 
-Each library is imported when its layer is built, so that none of them is needed.
+A library is imported only when its layer is built, so all of them are optional.
 """
 
 import importlib
@@ -15,7 +15,7 @@ from ._task import EPSILON, Task
 
 
 class Layer(NamedTuple):
-    """A peer's layer for one task; `params`, `state`: pytrees as it keeps them."""
+    """Hold a library's layer for one task; `params` and `state` are its own pytrees."""
 
     params: Any
     state: Any
@@ -23,21 +23,21 @@ class Layer(NamedTuple):
     inference: Callable[[Any, Any, jax.Array], jax.Array]
     read_params: Callable[[Any], Sequence]  # (scale, bias) of params, or their gradient
     read_state: Callable[[Any], Sequence]  # (mean, var)
-    channels_first: bool = False  # x goes in as (N, C, ...), whatever the task says
+    features_first: bool = False  # takes x as (N, C, ...) for every task
 
 
-class Peer(NamedTuple):
-    """How to build a library's layer, and the module that must be there for it."""
+class Library(NamedTuple):
+    """Hold the builder of a library's layer, and the module that it needs."""
 
     build: Callable[[Task], Layer]
     module: str
 
 
 def jaxbn_function(task: Task) -> Layer:
-    """`jaxbn.batch_norm`."""
+    """Build a layer from `jaxbn.batch_norm`."""
     import jaxbn
 
-    # Biased running variance, as all others here have.
+    # The other libraries here keep the biased running variance.
     options = {"axis": task.axis, "momentum": task.momentum, "unbiased": False}
     return Layer(
         jaxbn.BatchNormParams(jnp.asarray(task.scale), jnp.asarray(task.bias)),
@@ -54,7 +54,7 @@ def jaxbn_function(task: Task) -> Layer:
 
 
 def linen(module: str, **options: Any) -> Callable[[Task], Layer]:
-    """`BatchNorm` of a module that has linen's; `options` go to it."""
+    """Return the builder of `module.BatchNorm` with the interface of `flax.linen`."""
 
     def build(task: Task) -> Layer:
         layer = importlib.import_module(module).BatchNorm(
@@ -86,7 +86,10 @@ def linen(module: str, **options: Any) -> Callable[[Task], Layer]:
 
 
 def nnx(module: str) -> Callable[[Task], Layer]:
-    """`BatchNorm` of a module that has nnx's, split and merged where it is called."""
+    """Return the builder of `module.BatchNorm` with the interface of `flax.nnx`.
+
+    Each call merges the layer and splits it again.
+    """
 
     def build(task: Task) -> Layer:
         from flax import nnx
@@ -126,7 +129,7 @@ def nnx(module: str) -> Callable[[Task], Layer]:
 
 
 def haiku(task: Task) -> Layer:
-    """`haiku.BatchNorm`; it makes all its variables in x's dtype, and so do we."""
+    """Build `haiku.BatchNorm`; its variables are in x's dtype, as Haiku makes them."""
     hk = importlib.import_module("haiku")
     data_format = "NC..." if task.axis < task.x.ndim - 1 else "N...C"
     shape = [task.features if a == task.axis else 1 for a in range(task.x.ndim)]
@@ -172,7 +175,7 @@ def haiku(task: Task) -> Layer:
 
 
 def equinox(task: Task) -> Layer:
-    """`equinox.nn.BatchNorm`, on examples of its own layout, features first."""
+    """Build `equinox.nn.BatchNorm`, which takes examples with features first."""
     eqx = importlib.import_module("equinox")
     layer, state = eqx.nn.make_with_state(eqx.nn.BatchNorm)(
         task.features, "batch", EPSILON, momentum=task.momentum, mode="batch"
@@ -188,9 +191,9 @@ def equinox(task: Task) -> Layer:
 
     def call(params: Any, state: Any, x: jax.Array, inference: bool) -> tuple:
         layer = eqx.nn.inference_mode(eqx.combine(params, static), inference)
-        axes = (0, None)  # of x and y; the state is the whole batch's
+        axes = (0, None)  # x and y are mapped, the state is shared
         y, state = jax.vmap(layer, axes, axes, axis_name="batch")(x, state)
-        return y.astype(x.dtype), state  # it returns float32 for bfloat16
+        return y.astype(x.dtype), state  # equinox returns float32 for bfloat16
 
     return Layer(
         params,
@@ -199,12 +202,12 @@ def equinox(task: Task) -> Layer:
         lambda params, state, x: call(params, state, x, True)[0],
         read_params=lambda params: (params.weight, params.bias),
         read_state=lambda state: state.get(index),
-        channels_first=True,
+        features_first=True,
     )
 
 
 def keras(task: Task) -> Layer:
-    """`keras.layers.BatchNormalization`, stateless."""
+    """Build `keras.layers.BatchNormalization`, called statelessly."""
     keras = importlib.import_module("keras")
     layer = keras.layers.BatchNormalization(
         axis=task.axis,
@@ -227,26 +230,26 @@ def keras(task: Task) -> Layer:
     )
 
 
-PEERS = {
-    "jaxbn": Peer(jaxbn_function, "jaxbn"),
-    "jaxbn.linen": Peer(linen("jaxbn.linen"), "flax"),
-    "jaxbn.nnx": Peer(nnx("jaxbn.nnx"), "flax"),
-    "flax.linen": Peer(linen("flax.linen"), "flax"),
-    "flax.nnx": Peer(nnx("flax.nnx"), "flax"),
-    "dm-haiku": Peer(haiku, "haiku"),
-    "equinox": Peer(equinox, "equinox"),
-    "keras": Peer(keras, "keras"),
+LIBRARIES = {
+    "jaxbn": Library(jaxbn_function, "jaxbn"),
+    "jaxbn.linen": Library(linen("jaxbn.linen"), "flax"),
+    "jaxbn.nnx": Library(nnx("jaxbn.nnx"), "flax"),
+    "flax.linen": Library(linen("flax.linen"), "flax"),
+    "flax.nnx": Library(nnx("flax.nnx"), "flax"),
+    "dm-haiku": Library(haiku, "haiku"),
+    "equinox": Library(equinox, "equinox"),
+    "keras": Library(keras, "keras"),
 }
 
 
-def available(names: Sequence[str]) -> tuple[dict[str, Peer], dict[str, str]]:
-    """The peers of these names that can be imported; why the others cannot."""
+def available(names: Sequence[str]) -> tuple[dict[str, Library], dict[str, str]]:
+    """Return the libraries that can be imported, and why the others cannot."""
     os.environ.setdefault("KERAS_BACKEND", "jax")
     found, missing = {}, {}
     for name in names:
         try:
-            importlib.import_module(PEERS[name].module)
-            found[name] = PEERS[name]
+            importlib.import_module(LIBRARIES[name].module)
+            found[name] = LIBRARIES[name]
         except ImportError as error:
             missing[name] = str(error)
     return found, missing

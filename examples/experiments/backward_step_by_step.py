@@ -1,8 +1,8 @@
-"""The backward of batch norm, derived in nine steps, each beside what autodiff says.
+"""Check the nine steps of batch norm's backward pass against automatic differentiation.
 
-60 real digits enter a layer of 100 features; what comes back, ∂l/∂y, is the gradient of
-a classifier's loss behind it. Each step is its formula as code, by the names that jaxbn
-uses, and is compared with JAX's derivative of that piece alone, in float32 and float64.
+60 real digits enter a layer of 100 features; ∂l/∂y is the gradient of the loss of a
+classifier that follows it. Each formula is written as code, with jaxbn's names, and
+compared with JAX's derivative of the same step alone, in float32 and float64.
 """
 
 import jax
@@ -19,27 +19,27 @@ EPSILON = 1e-5  # jaxbn's default
 
 
 def variance(x: Array, mean: Array) -> Array:
-    """σ² = (1/m) Σ (xᵢ - μ)²."""
+    """Compute σ² = (1/m) Σ (xᵢ - μ)²."""
     return ((x - mean) ** 2).mean(0)
 
 
 def whiten(x: Array, mean: Array, var: Array) -> Array:
-    """x̂ᵢ = (xᵢ - μ) (σ² + ε)^(-1/2)."""
+    """Compute x̂ᵢ = (xᵢ - μ) (σ² + ε)^(-1/2)."""
     return (x - mean) * (var + EPSILON) ** -0.5
 
 
 def affine(x_hat: Array, scale: Array, bias: Array) -> Array:
-    """yᵢ = γ x̂ᵢ + β."""
+    """Compute yᵢ = γ x̂ᵢ + β."""
     return scale * x_hat + bias
 
 
 def forward(x: Array, scale: Array, bias: Array) -> Array:
-    """Algorithm 1 of Ioffe & Szegedy, arXiv:1502.03167: μ, σ², x̂, y."""
+    """Compute y by Algorithm 1 of Ioffe & Szegedy, arXiv:1502.03167: μ, σ², x̂, y."""
     return affine(whiten(x, x.mean(0), variance(x, x.mean(0))), scale, bias)
 
 
 def layer(x: Array, scale: Array, bias: Array, train: bool = True) -> Array:
-    """The same by jaxbn; with `train=False` by the statistics of x as running ones."""
+    """Compute y with jaxbn; at inference, the statistics of x are the running ones."""
     state = jaxbn.init(x.shape[1], param_dtype=x.dtype)[1]
     params = jaxbn.BatchNormParams(scale, bias)
     y, state = jaxbn.batch_norm(params, state, x, True, momentum=None)
@@ -47,7 +47,7 @@ def layer(x: Array, scale: Array, bias: Array, train: bool = True) -> Array:
 
 
 def by_hand(x: Array, scale: Array, bias: Array, dy: Array) -> tuple[dict, dict]:
-    """Every formula with its value; the three parts of ∂l/∂x."""
+    """Return the value of each formula, and the three parts of ∂l/∂x."""
     m, mean, var = len(x), x.mean(0), variance(x, x.mean(0))
     inv_std, x_hat, v = (var + EPSILON) ** -0.5, whiten(x, mean, var), {}
     v["1. ∂l/∂x̂ᵢ = ∂l/∂yᵢ · γ"] = dx_hat = dy * scale
@@ -67,7 +67,7 @@ def by_hand(x: Array, scale: Array, bias: Array, dy: Array) -> tuple[dict, dict]
     v["∂l/∂xᵢ: the parts through x̂, μ and σ²"] = sum(parts.values())
     fused = scale * inv_std * (dy - dbias / m - x_hat * dscale / m)
     v["fused: γ (σ²+ε)^(-1/2) (∂l/∂yᵢ - ∂l/∂β/m - x̂ᵢ ∂l/∂γ/m)"] = fused
-    # What jaxbn's two derivatives come to: two numbers a feature, one pass over x, dy.
+    # jaxbn's two derivatives combined: two numbers per feature, one pass over x and dy.
     offset, slope = -scale * inv_std * dbias / m, -scale * inv_std**2 * dscale / m
     one_pass = scale * inv_std * dy + slope * (x - mean) + offset
     v["in jaxbn: γ (σ²+ε)^(-1/2) ∂l/∂yᵢ + slope (xᵢ-μ) + offset"] = one_pass
@@ -78,7 +78,7 @@ def by_hand(x: Array, scale: Array, bias: Array, dy: Array) -> tuple[dict, dict]
 
 
 def by_autodiff(x: Array, scale: Array, bias: Array, dy: Array) -> list[Array]:
-    """What each formula should be, in the same order: JAX's derivative of its piece."""
+    """Return the derivatives by JAX of each step alone, in the order of `by_hand`."""
     mean, var = x.mean(0), variance(x, x.mean(0))
     ones, x_hat = (jnp.ones_like(x), jnp.ones_like(mean)), whiten(x, mean, var)
     dx_hat, dscale, dbias = jax.vjp(affine, x_hat, scale, bias)[1](dy)
@@ -93,7 +93,7 @@ def by_autodiff(x: Array, scale: Array, bias: Array, dy: Array) -> list[Array]:
 
 
 def example(dtype: str) -> tuple[Array, Array, Array, Array]:
-    """x of 60 digits, random scale and bias, and ∂l/∂y of a classifier behind them."""
+    """Return x of 60 digits, random scale and bias, and ∂l/∂y of a classifier."""
     rng, (_, (images, labels)) = np.random.default_rng(0), digits()
     drawn = (rng.standard_normal((n, 100)) for n in (784, 10, 1, 1, 1))
     kernel, head, shift, scale, bias = (jnp.asarray(a, dtype) for a in drawn)
@@ -104,7 +104,7 @@ def example(dtype: str) -> tuple[Array, Array, Array, Array]:
 
 
 def compare(dtype: str) -> tuple[dict[str, float], dict, Array]:
-    """By formula the largest difference, relative to the largest entry; parts; x."""
+    """Return the largest relative difference per formula, the parts of ∂l/∂x, and x."""
     x, *rest = example(dtype)
     (values, parts), truth = by_hand(x, *rest), by_autodiff(x, *rest)
     terms, found = 2 * abs(x - x.mean(0)).mean(), {}
@@ -115,7 +115,7 @@ def compare(dtype: str) -> tuple[dict[str, float], dict, Array]:
 
 
 def draw(parts: dict[str, Array], x: Array) -> Figure:
-    """For two features, what each path adds to ∂l/∂x."""
+    """Plot the contribution of each path to ∂l/∂x, for two features."""
     figure = Figure(figsize=(11, 4.5), layout="constrained")
     parts = parts | {"all three, ∂l/∂x": jnp.stack([*parts.values()]).sum(0)}
     for feature, axes in enumerate(figure.subplots(1, 2)):
@@ -127,7 +127,7 @@ def draw(parts: dict[str, Array], x: Array) -> Figure:
 
 
 def main() -> None:
-    """Both dtypes; a table and a picture of them."""
+    """Compare in both dtypes; write a table and a picture."""
     args = arguments(__doc__)
     single, *_ = compare("float32")
     with jax.enable_x64(True):

@@ -1,10 +1,10 @@
-"""Layers that move under each other's feet, and what batch norm does about it.
+"""Train layers whose input distributions shift, with and without batch norm.
 
-First two layers that can only shift their input, y = (x + a) + b, trained to move the
-ink of digits by 1: each takes the whole way upon itself, and together they overshoot.
+First, two layers that only shift their input, y = (x + a) + b, learn to move the ink of
+digits by 1: each makes the whole correction, and together they overshoot.
 Then section 4.1 of Ioffe and Szegedy, arXiv:1502.03167: three layers of 100 sigmoids on
-binary digits, 60 images a step. The paper leaves rate and initialization open: here
-plain SGD, weights N(0, 0.1²), and 0.05 as the baseline's rate; 4,000 images, 5 seeds.
+binary digits, 60 images per step. The paper does not state rate and initialization;
+here: plain SGD, weights N(0, 0.1²), baseline rate 0.05, 4,000 images, 5 seeds.
 """
 
 from functools import partial
@@ -19,10 +19,10 @@ from matplotlib.figure import Figure
 
 import jaxbn
 
-RATE, EVERY = 0.05, 100  # of the baseline; steps from one look to the next
-TIMES = {1: "-", 5: "--", 30: ":", 100: "-."}  # that rate, and how it is drawn
-PAPER = {1: "2.3", 5: "15", 30: "11", 100: ""}  # times fewer steps, of 31.0e6, ImageNet
-SHIFTS = {0.4: ":", 0.8: "--", 1.1: "-"}  # rates of the two layers that shift
+RATE, EVERY = 0.05, 100  # of the baseline; steps between observations
+TIMES = {1: "-", 5: "--", 30: ":", 100: "-."}  # multiples of RATE: line style
+PAPER = {1: "2.3", 5: "15", 30: "11", 100: ""}  # times fewer than 31.0e6 steps
+SHIFTS = {0.4: ":", 0.8: "--", 1.1: "-"}  # rates for the two layers: line style
 HEAD = [
     "Batch norm",
     "Rate",
@@ -34,7 +34,7 @@ HEAD += ["In the paper", "Median moves", "Correlation"]
 
 
 def shifts(rate: float, x: Array, norm: bool) -> Array:
-    """The mean of y for 12 steps; the target is x + 1, so the mean should go to 1."""
+    """Return the mean of y for 12 steps; the target is x + 1, thus a mean of 1."""
     params, state = jaxbn.init(1, use_scale=False, use_bias=False)
 
     def loss(shift: Array) -> tuple[Array, Array]:
@@ -50,7 +50,7 @@ def shifts(rate: float, x: Array, norm: bool) -> Array:
 
 
 def fate(way: Array) -> str:
-    """Of a way to 1: it diverges, passes 1 by more than a fifth, or goes straight."""
+    """Classify a path to 1: diverges, zigzags (passes 1.2) or straight."""
     passes = "zigzags" if way.max() > 1.2 else "straight"
     return "diverges" if abs(way[-1] - 1) > 1 else passes
 
@@ -58,7 +58,7 @@ def fate(way: Array) -> str:
 @jax.jit
 @partial(jax.vmap, in_axes=(None, 0, None))
 def observe(test: lab.Digits, model: lab.Model, _: Array) -> tuple[Array, ...]:
-    """Accuracy; of what enters the last sigmoids percentiles, mean |correlation|."""
+    """Return accuracy; percentiles and mean |correlation| of the last inputs."""
     z = lab.network(*model, test.images, False, activation=nn.sigmoid)[2][-1]
     pairs = jnp.corrcoef(z.T)[jnp.triu_indices(z.shape[1], 1)]
     right = lab.accuracy(model, test, activation=nn.sigmoid)
@@ -66,20 +66,20 @@ def observe(test: lab.Digits, model: lab.Model, _: Array) -> tuple[Array, ...]:
 
 
 def train(data: tuple, norm: bool, rate: float, rows: np.ndarray) -> list[np.ndarray]:
-    """Runs of one arm, a seed for each of `rows`: what was observed, runs × times."""
+    """Train one arm, one seed per line of `rows`; return observations, runs × times."""
     models = lab.inits(len(rows), norm, depth=3, std=lambda n_in: 0.1)
     look = partial(observe, data[0])
     return lab.fit(models, data[1], rows, rate, look, EVERY, nn.sigmoid)
 
 
 def drift(percentiles: np.ndarray) -> np.ndarray:
-    """By run, how far a unit's median moves, in its spreads from 15 % to 85 %."""
+    """Return, per run, the range of a median in units of the 15% to 85% range."""
     low, median, high = np.moveaxis(percentiles, 2, 0)
     return (np.ptp(median, axis=1) / (high - low)[:, -1]).mean(1)
 
 
 def draw(arms: dict, ways: dict) -> Figure:
-    """The zigzag; accuracies; the inputs of one sigmoid, without and with."""
+    """Plot the zigzag, accuracies, and inputs of one sigmoid in both networks."""
     figure = Figure(figsize=(11, 8), layout="constrained")
     (zigzag, curves), units = figure.subplots(2, 2)
     for (norm, rate), way in ways.items():
@@ -100,7 +100,7 @@ def draw(arms: dict, ways: dict) -> Figure:
 
 
 def row(norm: bool, times: int, arm: list, steps: np.ndarray, fewer: float) -> list:
-    """A line of the table."""
+    """Format one row of the table."""
     accuracies, percentiles, correlation = arm
     cells = ["yes" if norm else "no", f"{times * RATE:g}", spread(accuracies.max(1))]
     cells += [spread(steps, ".0f"), f"{fewer:.1f}", PAPER[times] if norm else ""]
@@ -109,7 +109,7 @@ def row(norm: bool, times: int, arm: list, steps: np.ndarray, fewer: float) -> l
 
 
 def claim(arms: dict, fewer: dict, ways: dict) -> tuple[str, dict]:
-    """What is claimed, and whether the numbers bear it out."""
+    """Return the claim, and the findings with whether each supports it."""
     raw, normed = ([fate(ways[norm, r]) for r in SHIFTS] for norm in NAME)
     moves = [drift(arms[norm, 1][1]).mean() for norm in NAME]
     best = [max(arms[n, t][0].max(1).mean() for t in TIMES) for n in NAME]
@@ -127,7 +127,7 @@ def claim(arms: dict, fewer: dict, ways: dict) -> tuple[str, dict]:
 
 
 def main() -> None:
-    """All arms; a table and a picture of them."""
+    """Train all arms; write a table and a picture."""
     args = lab.arguments(__doc__)
     data = lab.digits(lambda pixels: (pixels > 0.5).astype(np.float32))
     ink = nn.standardize(data[1].images.sum(1, keepdims=True), axis=0)

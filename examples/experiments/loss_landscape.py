@@ -1,10 +1,10 @@
-"""Probe the loss along its gradient: without batch norm, with it, and with noise on it.
+"""Probe the loss along its gradient: without batch norm, with it, and with added noise.
 
-After Santurkar et al., 'How Does Batch Normalization Help Optimization?' (2018,
-arXiv:1805.11604), Figure 4, in kind: there VGG on CIFAR-10, here SGD on 4,000 digits.
-Noise after batch norm, of a distribution that changes at every step, puts covariate
-shift back on purpose; how much is our choice. All train at that of RATES which is best
-without batch norm (--full). Above 2 / rate, descent on a quadratic diverges.
+After Figure 4 of Santurkar et al., "How Does Batch Normalization Help Optimization?",
+2018, arXiv:1805.11604, which trains VGG on CIFAR-10; here: SGD on 4,000 digits. Noise
+after batch norm, with a new distribution at each step, restores covariate shift; its
+size is chosen here. All train at the rate of RATES that is best without batch norm
+(--full). If the smoothness exceeds 2 / rate, descent on a quadratic diverges.
 """
 
 from itertools import product
@@ -18,8 +18,8 @@ from jax import Array
 from jax.flatten_util import ravel_pytree
 from matplotlib.figure import Figure
 
-DEPTH, WIDTH, BATCH, EVERY = 8, 100, 128, 5  # a probe at every fifth step
-LENGTHS = np.geomspace(0.5, 4, 8).tolist()  # of its points from x, in rates
+DEPTH, WIDTH, BATCH, EVERY = 8, 100, 128, 5  # steps between probes
+LENGTHS = np.geomspace(0.5, 4, 8).tolist()  # of a probe, in rates
 RATES = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
 ARMS = {NAME[False]: (False, False), NAME[True]: (True, False), "noisy": (True, True)}
 LANDSCAPE = ("range of loss", "predictiveness", "smoothness")
@@ -37,7 +37,7 @@ loss, accuracy = map(jax.jit, (lab.loss, lab.accuracy))
 
 @jax.jit
 def draw_noise(key: Array, step: int) -> Array:
-    """N(m, s²) for each image; by layer and unit m ~ U(-1/2, 1/2) and s ~ U(0, 1/2)."""
+    """Draw N(m, s²) per image; m ~ U(-1/2, 1/2), s ~ U(0, 1/2) by layer and unit."""
     of_units, of_images = jax.random.split(jax.random.fold_in(key, step))
     m, s = jax.random.uniform(of_units, (2, DEPTH, 1, WIDTH))
     return m - 1 / 2 + s / 2 * jax.random.normal(of_images, (DEPTH, BATCH, WIDTH))
@@ -45,18 +45,18 @@ def draw_noise(key: Array, step: int) -> Array:
 
 @jax.jit
 def descend(x: tuple, g: tuple, rate: float) -> tuple:
-    """x - rate · g, where x are all the parameters."""
+    """Return x - rate · g, where x holds all parameters."""
     return jax.tree.map(lambda x, g: x - rate * g, x, g)
 
 
 @jax.jit
 def distance(x: tuple, y: tuple) -> Array:
-    """|x - y|, over everything in them."""
+    """Return |x - y|, over all parameters."""
     return jnp.linalg.norm(ravel_pytree(x)[0] - ravel_pytree(y)[0])
 
 
 def probe(model: lab.Model, g: tuple, batch: lab.Digits, rate: float, **noise) -> dict:
-    """L(y), |g(y) - g(x)| and max |g(y) - g(x)| / |y - x|; same batch, same noise."""
+    """Return L(y), |g(y) - g(x)| and max |g(y) - g(x)| / |y - x| on the same batch."""
     points = []
     for length in LENGTHS:
         y = descend(model[0], g, length * rate)
@@ -69,7 +69,7 @@ def probe(model: lab.Model, g: tuple, batch: lab.Digits, rate: float, **noise) -
 
 @jax.jit
 def shift(images: Array, *models: tuple[lab.Model, Array | None]) -> dict:
-    """|Δ mean| / std, |Δ log std| of inputs of a middle layer, mean over its units."""
+    """Average |Δ mean| / std and |Δ log std| over the inputs of a middle layer."""
     z = [lab.network(*m, images, True, noise=n)[2][DEPTH // 2] for m, n in models]
     (mean, std), (new_mean, new_std) = [(of.mean(0), of.std(0)) for of in z]
     moves = abs(new_mean - mean) / std, abs(jnp.log(new_std / std))
@@ -77,7 +77,7 @@ def shift(images: Array, *models: tuple[lab.Model, Array | None]) -> dict:
 
 
 def train(data: tuple, seed: int, rate: float, arm: str, steps: int) -> dict:
-    """One training: what was found on the way, and at its end without noise."""
+    """Train once; return the probes, and the final loss and accuracy without noise."""
     key, (test, digits), (norm, noisy) = jax.random.key(seed), data, ARMS[arm]
     model, seen = lab.init(key, norm, DEPTH, WIDTH), []
     for step, rows in enumerate(lab.draw_rows(seed, steps, BATCH)):
@@ -94,7 +94,7 @@ def train(data: tuple, seed: int, rate: float, arm: str, steps: int) -> dict:
 
 
 def draw(runs: dict, rate: float) -> Figure:
-    """Over training: loss and gradient along the probes, smoothness, shifts."""
+    """Plot loss and gradient along the probes, smoothness and shifts by step."""
     figure = Figure(figsize=(10, 7), layout="constrained")
     panels = dict(zip(TITLES, figure.subplots(2, 2).flat, strict=True))
     for name, axes in panels.items():
@@ -112,7 +112,7 @@ def draw(runs: dict, rate: float) -> Figure:
 
 
 def claim(arms: list[dict]) -> tuple[str, dict]:
-    """What the paper says, and whether the measures of the arms bear it out."""
+    """Return the paper's claim, and the findings with whether each supports it."""
     a, b, c = ({name: values.mean() for name, values in arm.items()} for arm in arms)
     better = arms[2]["training loss"] < arms[0]["training loss"]
     found = {f"{n} {a[n]:.3g} to {b[n]:.3g}": b[n] < a[n] / 2 for n in LANDSCAPE}
@@ -125,7 +125,7 @@ def claim(arms: list[dict]) -> tuple[str, dict]:
 
 
 def main() -> None:
-    """All arms; a table, and a picture at the rate that is best without batch norm."""
+    """Train all arms; write a table and a picture."""
     args, data = lab.arguments(__doc__), lab.digits()
     rates, seeds, steps = args.pick(((0.1,), 1, 20), ((0.1,), 5, 500), (RATES, 5, 500))
     runs = {at: [] for at in product(rates, ARMS)}

@@ -1,11 +1,11 @@
-"""What enters each layer before training, and the gradients, as depth grows.
+"""Measure activations and gradients before training, by depth.
 
-Bjorck et al., "Understanding Batch Normalization", 2018, arXiv:1806.02375: without it
-activations grow with depth. Here 32 layers of 100 ReLUs, He's weights, 64 digits, 5
-seeds. These weights were made so that plain layers do not grow; layers that add to what
-enters them (skips), as in residual networks, do. With batch norm all variances are 1 by
-construction. Gradients are shown as well for Yang et al., "A Mean Field Theory of Batch
-Normalization", 2019, arXiv:1902.08129: they explode, with it, in plain deep networks.
+Bjorck et al., "Understanding Batch Normalization", 2018, arXiv:1806.02375: activations
+grow with depth without batch norm. Here: 32 layers of 100 ReLUs, He's weights, 64
+digits, 5 seeds. He's weights keep activations of plain layers from growing; with skip
+connections, as in residual networks, they grow. Batch norm sets all variances to 1.
+Yang et al., "A Mean Field Theory of Batch Normalization", 2019, arXiv:1902.08129:
+gradients explode in plain deep networks with batch norm.
 """
 
 from functools import partial
@@ -26,7 +26,7 @@ EXPLOSION = "second gradient / last"
 @jax.jit(static_argnames="skips")
 @partial(jax.vmap, in_axes=(0, None, None))
 def at_start(model: lab.Model, batch: lab.Digits, skips: bool) -> tuple[Array, ...]:
-    """By layer mean², variance, gradient's norm; |gradients| of the middle kernel."""
+    """Return mean², variance and gradient norm by layer; |gradients| of one kernel."""
     *_, z = lab.network(*model, batch.images, True, skips=skips)
     grads, _ = jax.grad(lab.loss, has_aux=True)(*model, batch, skips=skips)
     kernels = grads[1][0]  # all but the first layer's
@@ -35,7 +35,7 @@ def at_start(model: lab.Model, batch: lab.Digits, skips: bool) -> tuple[Array, .
 
 
 def measure(seeds: int, batch: lab.Digits) -> dict[tuple[str, bool], list[np.ndarray]]:
-    """By kind of network and batch norm what `at_start` says, seeds first."""
+    """Apply `at_start` to each kind of network, with and without batch norm."""
     found = {}
     for kind in lab.progress([*LINES], "Networks"):
         for norm in NAME:
@@ -47,28 +47,28 @@ def measure(seeds: int, batch: lab.Digits) -> dict[tuple[str, bool], list[np.nda
 
 
 def growth(var: np.ndarray) -> np.ndarray:
-    """By seed, the variance of the last layer in units of the first's."""
+    """Return, per seed, the variance of the last layer divided by the first."""
     return var[:, -1] / var[:, 0]
 
 
 def explosion(norms: np.ndarray) -> np.ndarray:
-    """By seed, the gradient of the second kernel in units of the last's."""
+    """Return, per seed, the gradient norm of the second kernel divided by the last."""
     return norms[:, 0] / norms[:, -1]
 
 
 def relative(gradients: np.ndarray) -> np.ndarray:
-    """Those that are not 0, in units of their median."""
+    """Return the nonzero gradients divided by their median."""
     alive = gradients[gradients > 0]
     return alive / np.median(alive)
 
 
 def tail(gradients: np.ndarray) -> np.ndarray:
-    """By seed, the largest in units of the median of those that are not 0."""
+    """Return, per seed, the largest gradient divided by the median of nonzero ones."""
     return np.array([relative(g).max() for g in gradients])
 
 
 def draw(found: dict) -> Figure:
-    """Means, variances and gradients against depth; the histogram of gradients."""
+    """Plot means, variances and gradients by depth, and a histogram of gradients."""
     figure = Figure(figsize=(11, 4), layout="constrained")
     layers, norms, histogram = figure.subplots(1, 3)
     at, bins = 1 + np.arange(DEPTH), np.geomspace(0.01, 100, 41)
@@ -91,7 +91,7 @@ def draw(found: dict) -> Figure:
 
 
 def main() -> None:
-    """Plain networks and those with skips; a table and a picture of them."""
+    """Measure networks with and without skips; write a table and a picture."""
     args, (_, train) = lab.arguments(__doc__), lab.digits()
     batch = lab.Digits(train.images[:64], train.labels[:64])
     found = measure(args.pick(1, 5, 50), batch)

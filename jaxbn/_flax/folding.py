@@ -1,0 +1,82 @@
+"""Checks of the models and paths that are given to `fold`."""
+
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from typing import TypeVar
+
+from .paths import Path, join
+
+Kind = TypeVar("Kind")
+
+
+@contextmanager
+def add_layer_note(layer: Path, norm: Path) -> Iterator[None]:
+    """Add a note to any error that names the two layers: a model has dozens."""
+    try:
+        yield
+    except (TypeError, ValueError) as error:
+        error.add_note(
+            f"While folding the batch norm {join(norm)!r} into {join(layer)!r}."
+        )
+        raise
+
+
+def check_has_batch_norm(found: Collection[object], need: str) -> None:
+    """Check that there is a batch norm; `need` says which, up to the word "none"."""
+    if not found:
+        raise ValueError(
+            f"{need} none. Batch norm layers are those of Flax and of jaxbn, and of "
+            "classes that inherit from them. Pass the whole model; for linen all "
+            "variables, with 'batch_stats', and not 'params' alone."
+        )
+
+
+def check_not_empty(pairs: Collection[object]) -> None:
+    """Check that there is a pair to fold."""
+    if not pairs:
+        raise ValueError(
+            "found no layer with a batch norm to fold into it; got a model, or pairs, "
+            "without one. Only a batch norm right after a linear layer can be folded: "
+            "name such layers with pairs={layer: norm}."
+        )
+
+
+def check_path_exists(path: Path, kind: str, existing: Collection[Path]) -> None:
+    """Check that `path` is one of the `existing` ones, all of this `kind`."""
+    if path not in existing:
+        raise ValueError(
+            f"pairs must name {kind} of the model; got {join(path)!r}. There are: "
+            f"{', '.join(repr(join(p)) for p in existing) or 'none'}."
+        )
+
+
+def path_error(path: Path, model: str) -> ValueError:
+    """Return the error for a path that leads to no attribute of the model."""
+    return ValueError(
+        f"pairs must name attributes of the model; got {join(path)!r}, which this "
+        f"{model} does not have. Write paths as 'blocks/0/conv', or as tuples."
+    )
+
+
+def check_foldable(value: object, kinds: tuple[type[Kind], ...]) -> Kind:
+    """Return `value` if it is of one of `kinds`, with the same `__call__`."""
+    if isinstance(value, kinds) and uses_call_of(value, kinds):
+        return value
+    raise TypeError(
+        f"only {', '.join(kind.__name__ for kind in kinds)} of Flax or jaxbn, with "
+        f"their own __call__, can be folded; got {type(value).__name__}."
+    )
+
+
+def uses_call_of(value: object, kinds: tuple[type, ...]) -> bool:
+    """Return whether `value` has the `__call__` of one of `kinds`."""
+    return type(value).__call__ in {kind.__call__ for kind in kinds}
+
+
+def check_axis_is_last(axis: object) -> None:
+    """Check that a batch norm has the last axis, like the layer before it."""
+    if axis != -1:
+        raise ValueError(
+            "the batch norm must have axis=-1, the features of the layer before it; "
+            f"got axis={axis}. Set axis=-1 if that is the same axis."
+        )

@@ -1,0 +1,35 @@
+"""The modules in a tree of linen variables, by their paths."""
+
+from collections.abc import Mapping
+
+from flax.traverse_util import flatten_dict
+from jaxtyping import PyTree
+
+from .._flax.paths import Path, join, split
+
+Variables = Mapping[str, PyTree]
+STATISTICS = ("mean", "var", "count")
+
+
+def batch_norm_paths(stats: Variables) -> list[Path]:
+    """Return the path of each batch norm: a module with a mean and a variance."""
+    with_var = set(paths_with(stats, "var"))
+    return [path for path in paths_with(stats, "mean") if path in with_var]
+
+
+def paths_with(collection: Variables, name: str) -> list[Path]:
+    """Return the path of each module that has a variable of this name."""
+    flat = flatten_dict(dict(collection))
+    return [path[:-1] for path in flat if path[-1] == name]
+
+
+def find_path(path: str | Path, existing: list[Path]) -> Path:
+    """Return the existing path that a string names.
+
+    The name of a module may hold a ".". A path that does not exist is only split.
+    """
+    if not isinstance(path, str):
+        return split(path)
+    exact = [p for p in existing if join(p) == path]
+    alike = [p for p in existing if split(join(p)) == split(path)]
+    return [*exact, *alike, split(path)][0]
