@@ -31,7 +31,7 @@ from ._keymap import (
 )
 from ._momentum import with_hidden
 
-# Of the model alone: `_state_entries` has the statistics.
+# The statistics are in the state: see `_vectors` and `_state_entries`.
 EQUINOX = KeyMap({"weight": "scale", "bias": "bias"})
 
 
@@ -198,7 +198,7 @@ def _check_not_new(first_time: AnyArray, name: str) -> None:
     """Check that a layer with mode "ema" has statistics."""
     if first_time:
         raise ValueError(
-            f"{describe(name)} must have seen a batch: in the mode 'ema' equinox has "
-            "no statistics before; got a new one. Train it for a step, or start from "
-            "jaxbn.init."
+            f"{describe(name)} must have seen a batch, because with mode 'ema' equinox "
+            "has no statistics before; got a new layer. Train it for a step, or start "
+            "from jaxbn.init."
         )

@@ -1,6 +1,6 @@
 """Read and replace the layers in Flax's trees: linen variables and `nnx.State`."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Mapping
 
 from jaxtyping import PyTree
 
@@ -85,7 +85,7 @@ def read_from_flax(
     return check_and_flatten(new, targets)
 
 
-def _existing_path(path: str, existing: Iterable[str]) -> str:
+def _existing_path(path: str, existing: Collection[str]) -> str:
     """Return the only existing path that is `path` up to "." versus "/".
 
     A module's name may contain a ".", so `path` itself comes first. A path that does
@@ -102,7 +102,7 @@ def _with_slashes(path: str) -> str:
 
 
 def _check_names(
-    names: Mapping[str, str], library: Iterable[str], variables: Iterable[str]
+    names: Mapping[str, str], library: Collection[str], variables: Collection[str]
 ) -> dict[str, str]:
     """Return `names` with existing paths, if it maps each layer of both sides once."""
     paths = {name: _existing_path(path, variables) for name, path in names.items()}
@@ -126,7 +126,7 @@ def _check_once(argument: str, paths: Mapping[str, str]) -> None:
 
 
 def _check_side(
-    side: str, part: str, given: Iterable[str], existing: Iterable[str]
+    side: str, part: str, given: Collection[str], existing: Collection[str]
 ) -> None:
     """Check that the keys or the values of `names` are all layers of one side."""
     given, existing = set(given), set(existing)
@@ -139,16 +139,16 @@ def _check_side(
     if missed := existing - given:
         raise ValueError(
             f"names must map every batch norm layer; its {part} leave out "
-            f"{list_names(missed)} of {side}. Add it to the map, or take it out of "
-            "what you pass."
+            f"{list_names(missed)} of {side}. Add it to the map, or remove it from "
+            "the tree that you pass."
         )
 
 
-def _check_known(paths: Iterable[str], existing: Iterable[str]) -> None:
+def _check_known(paths: Collection[str], existing: Collection[str]) -> None:
     """Check that the layers to replace exist."""
     if unknown := set(paths) - set(existing):
         raise ValueError(
             "the layers to replace must be batch norm layers of the variables; got "
-            f"{list_names(unknown)}, and there are {list_names(existing)}. Take the "
+            f"{list_names(unknown)}, and there are {list_names(existing)}. Use the "
             "paths that layers_of returns."
         )

@@ -173,8 +173,8 @@ def _squeeze(value: AnyArray, field: str, name: str) -> AnyArray:
     shape = np.shape(value)
     if sum(length > 1 for length in shape) > 1:
         raise ValueError(
-            f"{field} of {describe(name)} must be long in one axis, the features'; got "
-            f"shape {shape}. Convert layers that keep several axes by hand, with "
-            "jaxbn.BatchNormParams and BatchNormState."
+            f"{field} of {describe(name)} must have one axis, the features', and other "
+            f"axes of length 1; got shape {shape}. Convert layers with several feature "
+            "axes by hand, with jaxbn.BatchNormParams and BatchNormState."
         )
     return value.reshape(-1) if shape else value

@@ -72,11 +72,11 @@ def read_layer(found: Mapping[str, Vectors], keymap: KeyMap) -> Layer:
     """Check the only layer and copy it to JAX."""
     if len(found) != 1:
         raise ValueError(
-            f"one batch norm layer is wanted, with arrays named "
+            "there must be one batch norm layer, with arrays named "
             f"{list_names(keymap.keys)}; got {len(found)}: {list_names(found)}. "
-            "For a whole model take the function that ends in _tree. A layer that "
-            "keeps no running statistics (track_running_stats=False) has no state to "
-            "convert: start from jaxbn.init, with train=True always."
+            "For a whole model use the function that ends in _tree. A layer without "
+            "running statistics (track_running_stats=False) has no state to convert: "
+            "start from jaxbn.init, and always pass train=True."
         )
     (layer,) = read_layers(found).values()
     return layer
@@ -164,9 +164,10 @@ def _check_floating(value: AnyArray, field: str, name: str) -> np.ndarray:
     try:
         array = np.asarray(value)
     except (TypeError, RuntimeError) as error:  # PyTorch: bfloat16, cuda, grad
+        reason = str(error).rstrip(".")
         raise TypeError(
             f"{field} of {describe(name)} must be readable as a NumPy array; got "
-            f"{type(value).__name__}: {error} Of a tensor pass "
+            f"{type(value).__name__}: {reason}. For a PyTorch tensor pass "
             ".detach().float().cpu()."
         ) from error
     if not jnp.issubdtype(array.dtype, jnp.floating):
@@ -183,7 +184,7 @@ def _check_one_shape(arrays: Arrays, name: str) -> None:
     if len(set(shapes.values())) > 1:
         raise ValueError(
             f"the vectors of {describe(name)} must have one shape, the features'; got "
-            f"{shapes}. Are they of the same layer?"
+            f"{shapes}. Are they all from the same layer?"
         )
 
 
@@ -195,7 +196,7 @@ def _check_var(var: np.ndarray, name: str) -> None:
         raise ValueError(
             f"var of {describe(name)} must not be negative or NaN; got {var[first]} at "
             f"{first}, and {len(bad)} such of {var.size}. The checkpoint is broken, or "
-            "this is not a variance: take another, or estimate the statistics anew."
+            "this is not a variance: use another, or recompute the statistics."
         )
 
 

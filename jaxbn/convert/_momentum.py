@@ -62,8 +62,8 @@ def _check_count(count: np.ndarray | int, name: str) -> int:
     """Return the number of batches, if it is positive."""
     if int(count) < 1:
         raise ValueError(
-            f"{describe(name)} must have absorbed a batch, for the averages are "
-            f"debiased by the count; got count={int(count)}. Layers of Flax keep no "
+            f"{describe(name)} must have absorbed a batch, because the averages are "
+            f"debiased by the count; got count={int(count)}. Flax's layers keep no "
             "count: pass count=, or state._replace(count=...), the number of training "
             "steps."
         )

@@ -1,4 +1,4 @@
-"""Convert PyTorch's `nn.BatchNorm1d`, `2d`, `3d` and `SyncBatchNorm`."""
+"""Convert the `state_dict` of PyTorch's batch norms, `SyncBatchNorm` included."""
 
 from collections.abc import Mapping
 from typing import TypeVar

@@ -21,7 +21,7 @@ def nested(*paths) -> Any:
             module = variables[collection]
             for key in path:
                 module = module.setdefault(key, {})
-            module.update({name: ONES for name in names})
+            module.update(dict.fromkeys(names, ONES))
     return variables
 
 
@@ -58,7 +58,7 @@ def test_replace_layers_prefers_the_exact_path(path, other, rng):
 
 def test_replace_layers_rejects_an_ambiguous_path(rng):
     variables = nested(["a.b", "c"], ["a", "b.c"])
-    with pytest.raises(ValueError, match="got 'a/b/c', and there are 'a.b/c', 'a/b.c'"):
+    with pytest.raises(ValueError, match=r"got 'a/b/c', and there are 'a\.b/c'"):
         convert.replace_layers(variables, {"a.b.c": random_layer(rng)})
 
 
