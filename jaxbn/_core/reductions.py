@@ -161,8 +161,8 @@ def _sums_shifted_by(
 ) -> Pair:
     """Return Σ w(x-s) and Σ w|x-s|², the second from `x_copy`."""
     deviation, other = x.astype(dtype) - shift, x_copy.astype(dtype) - shift
-    terms = apply_weights(deviation, weights), apply_weights(abs_square(other), weights)
-    return sum_pair(*terms, axes)
+    squares = apply_weights(abs_square(other), weights)
+    return sum_pair(apply_weights(deviation, weights), squares, axes)
 
 
 def product_sums(
@@ -174,10 +174,7 @@ def product_sums(
 ) -> Pair:
     """Return Σ dy and Σ dy·(x - μ) of each feature, in the dtype of μ."""
     return _on_platform(
-        dy,
-        x,
-        mean,
-        var,
+        *(dy, x, mean, var),
         cpu=partial(_products_unshifted_if_safe, axes=axes),
         cuda=partial(_products_with_deviation, axes=axes, sum_pair=_packed_sums),
         default=partial(_products_with_deviation, axes=axes, sum_pair=_two_sums),
@@ -270,12 +267,13 @@ def _sample(x: Array, axes: Axes) -> Array:
     mean of all, so that even a sample of outliers costs no more than a factor n/k ≤ 64
     of float32's 6e-8. A single element could cost a factor n.
     """
-    sharding = jax.typeof(x).sharding.spec
+    spec = jax.typeof(x).sharding.spec
     one_in = SAMPLE_STRIDE
     for axis in (*axes[1:], *axes[:1]):  # the batch, which is often sharded, comes last
-        whole = sharding[axis] is not None or not isinstance(x.shape[axis], int)
-        if one_in > 1 and not whole:  # JAX will not slice a sharded or a symbolic axis
-            length = math.ceil(x.shape[axis] / one_in)
-            one_in = one_in * length // max(x.shape[axis], 1)
+        size = x.shape[axis]
+        # JAX slices neither a sharded nor a symbolic axis.
+        if one_in > 1 and spec[axis] is None and isinstance(size, int):
+            length = math.ceil(size / one_in)
+            one_in = one_in * length // max(size, 1)
             x = lax.slice_in_dim(x, 0, length, axis=axis)
     return x

@@ -31,7 +31,7 @@ def population(
     max_batches: int | None = None,
     call: Callable[..., object] | None = None,
     progress: Callable[[Iterable[PyTree]], Iterable[PyTree]] | None = None,
-) -> dict[str, PyTree] | FrozenDict[str, PyTree]:
+) -> Mapping[str, PyTree]:
     """Recompute the statistics of every batch norm layer, with the parameters fixed.
 
     For inference after training, with averaged weights (EMA, SWA), or on new data. In
@@ -90,9 +90,7 @@ def _statistics(flat: Mapping[Path, Array], path: Path) -> dict[str, Array]:
     return {name: flat[*path, name] for name in STATISTICS if (*path, name) in flat}
 
 
-def _frozen_like(
-    old: Variables, new: dict[str, PyTree]
-) -> dict[str, PyTree] | FrozenDict[str, PyTree]:
+def _frozen_like(old: Variables, new: dict[str, PyTree]) -> Variables:
     return freeze(new) if isinstance(old, FrozenDict) else new
 
 

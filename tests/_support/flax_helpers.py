@@ -1,11 +1,8 @@
 """Compare trees of arrays, jaxbn's with Flax's, and differentiate all inputs."""
 
-from contextlib import contextmanager
-
 import chex
 import jax
 import jax.numpy as jnp
-import jaxtyping
 import numpy as np
 
 
@@ -38,13 +35,3 @@ def assert_same(actual, expected, tolerance):
         np.testing.assert_allclose(a, b, rtol=0, atol=atol)
 
     jax.tree.map(compare, actual, expected)
-
-
-@contextmanager
-def without_type_checker():
-    """Turn jaxtyping's checker off, which reports a wrong type before jaxbn does."""
-    jaxtyping.config.update("jaxtyping_disable", True)
-    try:
-        yield
-    finally:
-        jaxtyping.config.update("jaxtyping_disable", False)

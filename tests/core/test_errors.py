@@ -157,3 +157,50 @@ def test_momentum_and_epsilon_bounds_are_allowed(options):
     x = jnp.arange(24.0).reshape(8, 3)
     y, _ = call(x, **options)
     assert np.all(np.isfinite(y))
+
+
+KINDS = {
+    "dict": (lambda p, s, x: (p, s._asdict(), x), r"state must be .* got dict.*\*\*"),
+    "tuple": (lambda p, s, x: (tuple(p), s, x), r"params must be .* got tuple"),
+    "None": (lambda p, s, x: (p, None, x), r"state must be .* got NoneType"),
+    "x first": (
+        lambda p, s, x: (x, p, s),
+        r"ArrayImpl of shape \(4, 5, 3\).*The order",
+    ),
+    "swapped": (lambda p, s, x: (s, p, x), r"params must be .* got BatchNormState"),
+}
+
+
+@pytest.mark.parametrize(("arrange", "match"), KINDS.values(), ids=KINDS)
+def test_variables_of_other_kinds_are_rejected(arrange, match):
+    with pytest.raises(TypeError, match=match):
+        jaxbn.batch_norm(*arrange(*jaxbn.init(3), X), True)
+
+
+def test_traced_unbiased_is_rejected_with_a_remedy():
+    with pytest.raises(TypeError, match=r"unbiased must be .*functools.partial"):
+        jax.jit(lambda unbiased: call(unbiased=unbiased))(True)
+
+
+def test_traced_axis_is_rejected_with_a_remedy():
+    with pytest.raises(TypeError, match=r"axis must be .*functools.partial"):
+        jax.jit(lambda axis: call(axis=axis))(1)
+
+
+def test_wrong_features_name_the_axis_that_has_them():
+    with pytest.raises(ValueError, match=r"x has 5 along axis 1: pass axis=1\."):
+        call(features=5)
+
+
+@pytest.mark.parametrize(
+    ("mask", "shape"), [((4, 5), "4, 5, 1"), ((4,), "4, 1, 1"), ((7,), "4, 1, 1")]
+)
+def test_mask_error_suggests_a_shape_that_broadcasts(mask, shape):
+    with pytest.raises(ValueError, match=rf"mask.reshape\(\({shape}\)\)"):
+        call(mask=np.ones(mask))
+
+
+def test_unbound_axis_name_gets_a_note():
+    with pytest.raises(NameError, match="data") as info:
+        call(axis_name="data")
+    assert "leave it out" in info.value.__notes__[0]

@@ -679,8 +679,8 @@ def test_model_population_supports_complex_batches(rng):
     expected = oracle(batches, "total")
     model = jaxbn.linen.BatchNorm(True)
     variables = variables_of(model, batches[0])
-    stats = jaxbn.linen.population(model, variables, batches, variance="total")
-    stats = stats["batch_stats"]
+    new = jaxbn.linen.population(model, variables, batches, variance="total")
+    stats = new["batch_stats"]
     assert (stats["mean"].dtype, stats["var"].dtype) == ("complex64", "float32")
     assert_near((stats["mean"], stats["var"]), expected, 1e-5)
     layer = jaxbn.nnx.BatchNorm(C, rngs=nnx.Rngs(0))

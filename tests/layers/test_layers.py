@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from flax import linen as nn
 from flax import nnx
-from flax_helpers import assert_same, everything, without_type_checker
+from flax_helpers import assert_same, everything
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 from layer_apis import APIS
@@ -199,9 +199,9 @@ def test_autodiff_rules_have_the_same_gradients(create, x):
     assert_same(closed, traced, 1e-5)
 
 
+@pytest.mark.usefixtures("unchecked_types")
 def test_unknown_autodiff_is_rejected(create, x):
-    match = "autodiff must be one of"
-    with without_type_checker(), pytest.raises(ValueError, match=match):
+    with pytest.raises(ValueError, match="autodiff must be one of"):
         create(autodiff="forward")(x)
 
 

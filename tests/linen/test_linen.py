@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import linen as nn
-from flax_helpers import assert_same, everything, randomize, without_type_checker
+from flax_helpers import assert_same, everything, randomize
 from jax.sharding import PartitionSpec as P
 
 from jaxbn.linen import BatchNorm, replace_batch_norm
@@ -372,12 +372,13 @@ def test_replace_batch_norm_passes_autodiff_on(x):
         tangents()
 
 
+@pytest.mark.usefixtures("unchecked_types")
 def test_replace_batch_norm_checks_autodiff_at_once():
-    match = "autodiff must be one of"
-    with without_type_checker(), pytest.raises(ValueError, match=match):
+    with pytest.raises(ValueError, match="autodiff must be one of"):
         replace_batch_norm(autodiff="forward")  # pyright: ignore[reportArgumentType]
 
 
+@pytest.mark.usefixtures("unchecked_types")
 def test_replace_batch_norm_takes_no_positional_argument():
-    with without_type_checker(), pytest.raises(TypeError, match="0 positional"):
+    with pytest.raises(TypeError, match="0 positional"):
         replace_batch_norm(nn.BatchNorm())  # pyright: ignore[reportCallIssue]

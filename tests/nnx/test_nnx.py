@@ -14,7 +14,7 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
-from flax_helpers import assert_same, everything, randomize, without_type_checker
+from flax_helpers import assert_same, everything, randomize
 from jax import Array
 
 from jaxbn.nnx import BatchNorm, replace_batch_norm, restore_batch_norm
@@ -362,10 +362,10 @@ def test_replace_passes_autodiff_on_and_restore_removes_it(x):
     assert nnx.graphdef(restore_batch_norm(layer)) == nnx.graphdef(flax)
 
 
+@pytest.mark.usefixtures("unchecked_types")
 def test_replace_checks_autodiff_and_changes_nothing():
     layer = make(nnx.BatchNorm)
-    match = "autodiff must be one of"
-    with without_type_checker(), pytest.raises(ValueError, match=match):
+    with pytest.raises(ValueError, match="autodiff must be one of"):
         replace_batch_norm(layer, autodiff="forward")  # pyright: ignore[reportArgumentType]
     assert type(layer) is nnx.BatchNorm
 
