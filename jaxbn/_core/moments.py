@@ -42,7 +42,7 @@ class Moments(NamedTuple):
         return divide_by_count(self.m2, self.n)
 
 
-def check_mask(mask: ArrayLike | None, shape: tuple[int, ...]) -> Array | None:
+def check_mask(mask: ArrayLike | None, shape: tuple) -> Array | None:
     """Return `mask` as a constant real array of x's rank that broadcasts to x."""
     if mask is None:
         return None

@@ -1,14 +1,12 @@
 """Shared by `jaxbn.linen` and `jaxbn.nnx`; imports no Flax."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from importlib import import_module
 
 
-@contextmanager
-def explain_missing_flax(package: str) -> Iterator[None]:
-    """Say how to install Flax if an import of `package` does not find it."""
+def require_flax(package: str) -> None:
+    """Say how to install Flax if `package` does not find it."""
     try:
-        yield
+        import_module("flax")
     except ModuleNotFoundError as error:
         if (error.name or "").partition(".")[0] != "flax":
             raise

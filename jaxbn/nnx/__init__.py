@@ -1,11 +1,12 @@
 """Batch norm for Flax nnx: the layer, replacement in existing models, inference."""
 
-from .._flax import explain_missing_flax
+from .._flax import require_flax
 
-with explain_missing_flax("jaxbn.nnx"):
-    from ._batch_norm import BatchNorm as BatchNorm
-    from ._folding import fold as fold
-    from ._mask import batch_norm_mask as batch_norm_mask
-    from ._population import population as population
-    from ._replace import replace_batch_norm as replace_batch_norm
-    from ._replace import restore_batch_norm as restore_batch_norm
+require_flax(__name__)
+
+from ._batch_norm import BatchNorm as BatchNorm
+from ._folding import fold as fold
+from ._mask import batch_norm_mask as batch_norm_mask
+from ._population import population as population
+from ._replace import replace_batch_norm as replace_batch_norm
+from ._replace import restore_batch_norm as restore_batch_norm

@@ -174,7 +174,7 @@ KINDS = {
 @pytest.mark.parametrize(("arrange", "match"), KINDS.values(), ids=KINDS)
 def test_variables_of_other_kinds_are_rejected(arrange, match):
     with pytest.raises(TypeError, match=match):
-        jaxbn.batch_norm(*arrange(*jaxbn.init(3), X), True)
+        jaxbn.batch_norm(*arrange(*jaxbn.init(3), X), train=True)
 
 
 def test_traced_unbiased_is_rejected_with_a_remedy():

@@ -758,6 +758,7 @@ def refuse_nnx(batches, options, error, match):
 
 @pytest.mark.parametrize("refuse", [refuse_core, refuse_linen, refuse_nnx])
 @pytest.mark.parametrize("case", BATCHES)
+@pytest.mark.usefixtures("unchecked_types")
 def test_population_rejects_bad_input_and_keeps_the_model(refuse, case):
     refuse(*BATCHES[case])
 

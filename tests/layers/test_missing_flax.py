@@ -5,7 +5,8 @@ import sys
 
 import pytest
 
-from jaxbn._flax import explain_missing_flax
+import jaxbn
+import jaxbn._flax
 
 SCRIPT = """
 import sys
@@ -28,7 +29,10 @@ def test_import_without_flax_explains_installation(name):
     )
 
 
-def test_explanation_leaves_other_missing_modules_alone():
-    missing = pytest.raises(ModuleNotFoundError, match="'nowhere'")
-    with missing, explain_missing_flax("jaxbn.linen"):
-        import nowhere  # noqa: F401  # pyright: ignore[reportMissingImports]
+def test_require_flax_reraises_other_missing_modules(monkeypatch):
+    def import_module(name):
+        raise ModuleNotFoundError("No module named 'nowhere'", name="nowhere")
+
+    monkeypatch.setattr(jaxbn._flax, "import_module", import_module)
+    with pytest.raises(ModuleNotFoundError, match="'nowhere'"):
+        jaxbn._flax.require_flax("jaxbn.linen")
