@@ -330,3 +330,28 @@ def test_scan_residuals_are_x_once_per_layer(rng):
 
     large = large_residuals(deep, params, x, size=5 * 8)
     assert large == [((5, *x.shape), x.dtype)]
+
+
+@pytest.mark.parametrize("train", [True, False])
+def test_steps_and_rules_have_names_in_programs(train):
+    """A profile shows the scopes, a jaxpr the rules."""
+    arguments = (*jaxbn.init(3), jnp.ones((4, 3)))
+    step = jax.jit(lambda p, s, x: jaxbn.batch_norm(p, s, x, train))
+    text = step.lower(*arguments).as_text(debug_info=True)
+    in_training = ["moments", "merge", "update_running_stats"]
+    found = {name for name in [*in_training, "normalize"] if f"jaxbn.{name}" in text}
+    # Without axis_name the merge has no operation.
+    assert found == (
+        {"moments", "update_running_stats", "normalize"} if train else {"normalize"}
+    )
+    jaxpr = str(jax.make_jaxpr(step)(*arguments))
+    assert ("_moments_vjp" in jaxpr, "_normalize_vjp" in jaxpr) == (train, True)
+
+
+def test_merge_has_a_name_in_programs():
+    mapped = jax.vmap(
+        lambda x: jaxbn.batch_norm(*jaxbn.init(3), x, True, axis_name="data"),
+        axis_name="data",
+    )
+    text = jax.jit(mapped).lower(jnp.ones((2, 4, 3))).as_text(debug_info=True)
+    assert "jaxbn.merge" in text

@@ -1,5 +1,7 @@
 """Test the imports, the requirements and the public names of the package."""
 
+import pydoc
+import sys
 from importlib.metadata import requires, version
 from types import ModuleType
 
@@ -64,3 +66,21 @@ def test_public_names_are_complete_and_documented():
     assert public == variables | functions
     for name in public:
         assert getattr(jaxbn, name).__doc__.strip()
+
+
+def test_dir_lists_public_names_and_submodules_alone():
+    names = set(dir(jaxbn))
+    assert {"linen", "nnx", "convert", "batch_norm", "__version__"} <= names
+    assert not [name for name in names if name.startswith("_") and name[:2] != "__"]
+    assert not {"importlib", "types", "typing"} & names
+
+
+def test_help_of_batch_norm_fits_a_terminal():
+    text = pydoc.plain(pydoc.render_doc(jaxbn.batch_norm))
+    assert "y = (x - μ) / √(σ² + ε) · scale + bias" in text
+    assert "$" not in text
+    signature, body = text.split("Normalize `x`")
+    assert max(map(len, body.splitlines())) <= 92  # 88, indented by 4
+    assert "numpy" not in signature
+    if sys.version_info >= (3, 13):  # earlier versions print one line
+        assert max(map(len, signature.splitlines()[1:])) <= 80
