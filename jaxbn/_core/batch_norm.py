@@ -30,7 +30,7 @@ from .options import (
 )
 from .running import update_running_stats
 from .sharding import shard_like
-from .sync import check_axis_name, check_groups, merge
+from .sync import check_axis_name, check_groups, explain_collectives, merge
 from .variables import (
     AnyParams,
     BatchNormState,
@@ -143,7 +143,9 @@ def batch_norm(
         autodiff=check_autodiff(autodiff),
     )
     arrays = check_variables(params, state, x, options.axis)
-    y, new_state = _batch_norm(*arrays, x, check_mask(mask, x.shape), options)
+    mask = check_mask(mask, x.shape)
+    with explain_collectives(options.axis_name, options.axis_index_groups):
+        y, new_state = _batch_norm(*arrays, x, mask, options)
     return y, new_state if options.train else state
 
 

@@ -79,11 +79,6 @@ def merge(local: Moments, axis_name: AxisName | None, groups: Groups | None) -> 
     """
     if axis_name is None:
         return local
-    with _explain_collectives(axis_name, groups):
-        return _merge(local, axis_name, groups)
-
-
-def _merge(local: Moments, axis_name: AxisName, groups: Groups | None) -> Moments:
     gathered = _num_devices(axis_name, groups) <= MAX_GATHERED_DEVICES
     ns, means, m2s = (
         _gather_moments(_as_arrays(local), axis_name, groups)
@@ -146,7 +141,9 @@ def _slot(axis_name: AxisName, groups: Groups | None) -> Int[Array, ""]:
 
 
 @contextmanager
-def _explain_collectives(axis_name: AxisName, groups: Groups | None) -> Iterator[None]:
+def explain_collectives(
+    axis_name: AxisName | None, groups: Groups | None
+) -> Iterator[None]:
     """Say what to do where JAX knows no such axis, or cannot sum over `groups`."""
     try:
         yield
@@ -157,7 +154,7 @@ def _explain_collectives(axis_name: AxisName, groups: Groups | None) -> Iterator
             "out: the statistics are those of the whole batch."
         )
         raise
-    except NotImplementedError as error:
+    except NotImplementedError as error:  # under vmap after `merge`, in batching
         if groups is None:
             raise
         raise ValueError(
