@@ -4,6 +4,7 @@ import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
+from helpers import assert_near
 
 
 def randomize(rng, tree):
@@ -27,11 +28,4 @@ def assert_same(actual, expected, tolerance):
     """Compare structure and dtypes, and values to `tolerance` of the largest entry."""
     chex.assert_trees_all_equal_structs(actual, expected)
     chex.assert_trees_all_equal_shapes_and_dtypes(actual, expected)
-
-    def compare(a, b):
-        dtype = np.complex128 if jnp.iscomplexobj(b) else np.float64
-        a, b = np.asarray(a, dtype), np.asarray(b, dtype)
-        atol = tolerance * max(np.abs(b).max(initial=0), 1e-2)
-        np.testing.assert_allclose(a, b, rtol=0, atol=atol)
-
-    jax.tree.map(compare, actual, expected)
+    assert_near(actual, expected, tolerance, size=1e-2)
