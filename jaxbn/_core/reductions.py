@@ -185,7 +185,7 @@ def _products_with_deviation(
     dy: Array, x: Array, mean: Array, var: Array, axes: Axes, sum_pair: SumPair
 ) -> Pair:
     del var
-    return sum_pair(dy.astype(mean.dtype), _products(dy, x, mean, mean), axes)
+    return sum_pair(dy.astype(mean.dtype), _products(dy, x, mean, mean.dtype), axes)
 
 
 def _products_unshifted_if_safe(
@@ -195,13 +195,13 @@ def _products_unshifted_if_safe(
     total = sum_over(dy.astype(mean.dtype), axes)
     return total, lax.cond(
         _unshifted_is_safe(mean, var),
-        lambda: sum_over(_products(dy_copy, x, 0, mean), axes) - mean * total,
-        lambda: sum_over(_products(dy_copy, x, mean, mean), axes),
+        lambda: sum_over(_products(dy_copy, x, 0, mean.dtype), axes) - mean * total,
+        lambda: sum_over(_products(dy_copy, x, mean, mean.dtype), axes),
     )
 
 
-def _products(dy: Array, x: Array, shift: Array | int, mean: Array) -> Array:
-    return dy.astype(mean.dtype) * (x.astype(mean.dtype) - shift)
+def _products(dy: Array, x: Array, shift: Array | int, dtype: DTypeLike) -> Array:
+    return dy.astype(dtype) * (x.astype(dtype) - shift)
 
 
 def materialize_on_cpu(*vectors: Array) -> tuple[Array, ...]:
