@@ -32,7 +32,8 @@ def check_axis_name(axis_name: str | Sequence[str] | None) -> AxisName | None:
 
 
 def check_groups(
-    groups: Sequence[Sequence[int]] | None, axis_name: str | Sequence[str] | None
+    groups: Sequence[Sequence[int]] | np.ndarray | None,
+    axis_name: str | Sequence[str] | None,
 ) -> Groups | None:
     """Return `groups` in a form that jit accepts as static."""
     if groups is None:

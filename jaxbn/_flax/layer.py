@@ -85,12 +85,10 @@ def call_batch_norm(
 
 
 def index_groups(layer: Layer, axis_name: AxisNames | None) -> Groups | None:
-    """Return the layer's groups, which may be a NumPy array; none without an axis."""
-    groups = layer.axis_index_groups
+    """Return the layer's groups; none without an axis."""
     if axis_name is None:
         return None
-    groups = groups.tolist() if isinstance(groups, np.ndarray) else groups
-    return check_groups(groups, axis_name)
+    return check_groups(layer.axis_index_groups, axis_name)
 
 
 def ascending_axes(axis: int | Sequence[int], ndim: int) -> Axes:
