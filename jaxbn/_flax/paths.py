@@ -1,6 +1,7 @@
 """Paths of layers in a model: tuples, written as strings with "/" or "."."""
 
 import re
+from collections.abc import Collection
 from typing import TypeVar
 
 Path = tuple[str | int, ...]
@@ -15,3 +16,16 @@ def join(path: Path) -> str:
 def split(path: str | Path) -> Path:
     """Split a string at each "/" and "."; a tuple is taken as it is."""
     return tuple(re.split("[/.]", path)) if isinstance(path, str) else tuple(path)
+
+
+def find_name(path: str, existing: Collection[str]) -> str:
+    """Return the only existing path that is `path` up to "." versus "/".
+
+    A module's name may contain a ".", so `path` itself comes first. A path that does
+    not exist is returned with "/".
+    """
+    name = join(split(path))
+    alike = [p for p in existing if join(split(p)) == name]
+    if path in alike:
+        return path
+    return alike[0] if len(alike) == 1 else name

@@ -4,6 +4,7 @@ from collections.abc import Collection, Mapping
 
 from jaxtyping import PyTree
 
+from .._flax.paths import find_name
 from ._keymap import (
     Arrays,
     KeyMap,
@@ -59,7 +60,7 @@ def replace_layers(variables: PyTree, layers: Mapping[str, Layer]) -> PyTree:
     layer, and for a layer that does not fit.
     """
     targets = find_layers(variables, FLAX)
-    paths = {path: _existing_path(path, targets) for path in layers}
+    paths = {path: find_name(path, targets) for path in layers}
     _check_once("layers", paths)
     _check_known(paths.values(), targets)
     new = {paths[path]: layer for path, layer in layers.items()}
@@ -85,27 +86,11 @@ def read_from_flax(
     return check_and_flatten(new, targets)
 
 
-def _existing_path(path: str, existing: Collection[str]) -> str:
-    """Return the only existing path that is `path` up to "." versus "/".
-
-    A module's name may contain a ".", so `path` itself comes first. A path that does
-    not exist is returned with "/".
-    """
-    alike = [p for p in existing if _with_slashes(p) == _with_slashes(path)]
-    if path in alike:
-        return path
-    return alike[0] if len(alike) == 1 else _with_slashes(path)
-
-
-def _with_slashes(path: str) -> str:
-    return path.replace(".", "/")
-
-
 def _check_names(
     names: Mapping[str, str], library: Collection[str], variables: Collection[str]
 ) -> dict[str, str]:
     """Return `names` with existing paths, if it maps each layer of both sides once."""
-    paths = {name: _existing_path(path, variables) for name, path in names.items()}
+    paths = {name: find_name(path, variables) for name, path in names.items()}
     _check_once("names", paths)
     _check_side("the other library's model", "keys", paths.keys(), library)
     _check_side("our variables", "values", paths.values(), variables)

@@ -22,14 +22,13 @@ from .._flax.paths import Path, PathKey
 from .._inference.folding import fold as fold_layer
 from ._batch_norm import BatchNorm
 from ._intercept import NextCall, intercept_calls
-from ._tree import STATISTICS, batch_norm_paths, find_path, paths_with
+from ._tree import batch_norm_paths, find_path, paths_with
 
 LAYERS = (nn.Dense, nn.DenseGeneral, nn.Conv, nn.ConvLocal, nn.ConvTranspose)
 NORMS = (nn.BatchNorm, BatchNorm)
 NORM_VARIABLES = (
-    ("params", "scale"),
-    ("params", "bias"),
-    *(("batch_stats", name) for name in STATISTICS),
+    *(("params", name) for name in BatchNormParams._fields),
+    *(("batch_stats", name) for name in BatchNormState._fields),
 )
 
 

@@ -11,6 +11,7 @@ from jax import Array
 from jax.typing import ArrayLike
 from jaxtyping import PyTree
 
+from .._core.variables import BatchNormState
 from .._flax.folding import check_has_batch_norm
 from .._flax.layer import as_inexact, mapped_names
 from .._flax.paths import Path, join
@@ -19,7 +20,7 @@ from .._inference.accumulator import Accumulator
 from .._inference.population import Variance, accumulate, check_variance
 from ._batch_norm import BatchNorm, _apply_layer
 from ._intercept import NextCall, intercept_calls
-from ._tree import STATISTICS, Variables, batch_norm_paths, paths_with
+from ._tree import Variables, batch_norm_paths, paths_with
 
 
 def population(
@@ -87,7 +88,11 @@ def population(
 
 def _statistics(flat: Mapping[Path, Array], path: Path) -> dict[str, Array]:
     """Return the statistics of the layer at `path`, by name."""
-    return {name: flat[*path, name] for name in STATISTICS if (*path, name) in flat}
+    return {
+        name: flat[*path, name]
+        for name in BatchNormState._fields
+        if (*path, name) in flat
+    }
 
 
 def _frozen_like(old: Variables, new: dict[str, PyTree]) -> Variables:

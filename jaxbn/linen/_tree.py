@@ -5,10 +5,9 @@ from collections.abc import Mapping
 from flax.traverse_util import flatten_dict
 from jaxtyping import PyTree
 
-from .._flax.paths import Path, join, split
+from .._flax.paths import Path, find_name, join, split
 
 Variables = Mapping[str, PyTree]
-STATISTICS = ("mean", "var", "count")
 
 
 def batch_norm_paths(stats: Variables) -> list[Path]:
@@ -24,12 +23,9 @@ def paths_with(collection: Variables, name: str) -> list[Path]:
 
 
 def find_path(path: str | Path, existing: list[Path]) -> Path:
-    """Return the existing path that a string names.
-
-    The name of a module may hold a ".". A path that does not exist is only split.
-    """
+    """Return the existing path that a string names; another string is split."""
     if not isinstance(path, str):
         return split(path)
-    exact = [p for p in existing if join(p) == path]
-    alike = [p for p in existing if split(join(p)) == split(path)]
-    return [*exact, *alike, split(path)][0]
+    by_name = {join(p): p for p in existing}
+    name = find_name(path, by_name)
+    return by_name.get(name, split(name))

@@ -7,6 +7,7 @@ from typing import TypeVar, cast
 from flax import nnx
 from jaxtyping import PyTree
 
+from .._core.variables import BatchNormState
 from .._flax.folding import path_error
 from .._flax.paths import Path
 
@@ -26,7 +27,7 @@ def batch_norms(model: PyTree) -> dict[Path, nnx.BatchNorm]:
 
 def statistics(layer: nnx.BatchNorm) -> dict[str, nnx.BatchStat]:
     """Return a layer's running statistics by name, with a `count` if it has one."""
-    names = ("mean", "var", "count")
+    names = BatchNormState._fields
     return {name: getattr(layer, name) for name in names if hasattr(layer, name)}
 
 
