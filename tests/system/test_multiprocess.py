@@ -15,6 +15,7 @@ from typing import Any
 
 import jax
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 from flax.traverse_util import flatten_dict
 from jax.sharding import Mesh
@@ -23,6 +24,9 @@ from jax.sharding import PartitionSpec as P
 EXAMPLES = Path(__file__).parents[2] / "examples"
 SCRIPT = EXAMPLES / "train_multiprocess.py"
 PROCESSES, BATCH, ROWS, STEPS = 2, 16, 200, 12
+# The checkpoint after the first padded batches. Later, rounding may change the sign of
+# a ReLU's input, and with it a gradient by more than any rounding.
+COMPARED = 8
 TINY = (f"--processes={PROCESSES}", f"--batch={BATCH}", f"--examples={ROWS}")
 RUN = f"checkpoints/seed0-{PROCESSES}x{BATCH}-of-{ROWS}"
 
@@ -49,6 +53,12 @@ def final(output) -> dict:
         return dict(file)
 
 
+def restore(output, step, like):
+    """Return the checkpoint of a step, as a state on this process's devices."""
+    with ocp.CheckpointManager(output / RUN) as manager:
+        return manager.restore(step, args=ocp.args.StandardRestore(like))
+
+
 def assert_identical(actual: dict, expected: dict) -> None:
     assert actual.keys() == expected.keys()
     for name, a in expected.items():
@@ -69,8 +79,8 @@ def wait_until(condition, timeout=60.0) -> None:
 
 
 @pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory) -> dict:
-    """Return the result without faults; each worker starts as on its own host."""
+def undisturbed_output(tmp_path_factory) -> Path:
+    """Run without faults; each worker starts as on its own host."""
     output = tmp_path_factory.mktemp("undisturbed")
     with socket.create_server(("localhost", 0)) as server:
         coordinator = f"--coordinator=localhost:{server.getsockname()[1]}"
@@ -86,7 +96,13 @@ def undisturbed(tmp_path_factory) -> dict:
         for worker in workers:
             worker.kill()
             worker.wait()
-    return final(output)
+    return output
+
+
+@pytest.fixture(scope="module")
+def undisturbed(undisturbed_output) -> dict:
+    """Return the result without faults."""
+    return final(undisturbed_output)
 
 
 @pytest.fixture
@@ -168,19 +184,21 @@ def test_restore_returns_no_wrong_state_from_truncated_files(tmp_path):
     assert "skipped default/manifest.ocdbt" in done.stdout
 
 
-def test_uneven_last_batches_are_masked_not_dropped(example, undisturbed):
+def test_uneven_last_batches_are_masked_not_dropped(
+    example, undisturbed, undisturbed_output
+):
     """Two processes equal one process that gets only the valid rows, unpadded."""
     shards = example.load_digits(example.split(0, ROWS, PROCESSES)[1:])
     sizes = [len(labels) for _, labels in shards]
     steps_per_epoch = -(-max(sizes) // BATCH)
     assert len(set(sizes)) == PROCESSES
     assert all(size % BATCH for size in sizes)
-    assert steps_per_epoch < STEPS
+    assert steps_per_epoch < COMPARED < STEPS
 
     mesh = Mesh(jax.devices()[:1], ("data",))
     specs = {"in_specs": (P(), *[P("data")] * 3), "out_specs": P()}
     step_alone = jax.jit(jax.shard_map(example.train_step, mesh=mesh, **specs))
-    state, seen = jax.jit(example.create)(jax.random.key(0)), 0
+    state, seen, states = jax.jit(example.create)(jax.random.key(0)), 0, []
     for step in range(STEPS):
         at = (step, steps_per_epoch, BATCH, 0)
         parts = [example.batch_at(shard, *at) for shard in shards]
@@ -188,11 +206,17 @@ def test_uneven_last_batches_are_masked_not_dropped(example, undisturbed):
         state, _ = step_alone(state, *map(np.concatenate, zip(*valid, strict=True)))
         seen += sum(len(rows[0]) for rows in valid)
         assert seen == ROWS or step + 1 != steps_per_epoch
+        states.append(state)
     assert undisturbed["seen"] == seen
-    variables = {"params": state.params, "batch_stats": state.batch_stats}
-    for name, a in flatten_dict(variables, sep="/").items():
+    alone = states[COMPARED - 1]
+    together = restore(undisturbed_output, COMPARED, alone)
+    alone, together = (
+        flatten_dict({"params": s.params, "batch_stats": s.batch_stats}, sep="/")
+        for s in (alone, together)
+    )
+    for name, a in alone.items():
         close = {"rtol": 2e-5, "atol": 2e-5, "err_msg": name}
-        np.testing.assert_allclose(undisturbed[name], np.asarray(a), **close)
+        np.testing.assert_allclose(together[name], np.asarray(a), **close)
 
 
 def test_epoch_contains_each_row_once(example):
