@@ -17,7 +17,7 @@ from jaxtyping import Inexact
 
 from .axes import check_axis, expand_features, reduction_axes, squeeze_features
 from .dtypes import accumulation_dtype, real_dtype
-from .moments import Moments, check_mask, moments
+from .moments import Moments, moments
 from .normalize import normalize
 from .options import (
     StaticOptions,
@@ -27,6 +27,7 @@ from .options import (
     check_output_dtype,
     check_train,
     check_unbiased,
+    explain_forward_mode,
 )
 from .running import update_running_stats
 from .sharding import shard_like
@@ -37,6 +38,7 @@ from .variables import (
     check_kinds,
     check_variables,
 )
+from .weights import check_mask
 
 
 def batch_norm(
@@ -68,22 +70,26 @@ def batch_norm(
     - `params`, `state`: from `jaxbn.init`, in the features' shape: `x.shape[axis]`, or
       the lengths of the axes in the order of `axis`.
     - `x`: floating or complex, with at least one axis.
-    - `train`: a Python bool, static under `jit`, like all options but `mask`.
+    - `train`: a Python bool, static under `jit`, like all options but `mask`,
+      `momentum` and `epsilon`.
     - `axis`: the feature axis or axes, anywhere; negative axes count from the end.
     - `momentum`: the share of the old running statistics that is kept at each step:
-      `running = momentum · running + (1 - momentum) · batch`, as in Flax. It is 1
-      minus PyTorch's momentum. `None` takes the average of all batches with equal
-      weight, E[μ_B] and E[σ²_B]. The weight is 1 / (`count` + 1) for all features
-      alike: a feature that was wholly masked in some batch counts that batch as its
-      running statistics.
-    - `epsilon`: added to the variance.
+      `running += (1 - momentum) · (batch - running)`, Flax's meaning. It is 1 minus
+      PyTorch's momentum. `None` takes the average of all batches with equal weight,
+      E[μ_B] and E[σ²_B]. The weight is 1 / (`count` + 1) for all features alike: a
+      feature that was wholly masked in some batch counts that batch as its running
+      statistics. Momentum 0, and `None` at `count` 0, replace the old statistics, NaN
+      included.
+    - `epsilon`: added to the variance. Both may be traced scalars, for instance a
+      schedule of the step; all values share one program.
     - `unbiased`: the running variance is updated with n/(n-1)·σ² (the paper, PyTorch),
       or with σ² (Flax) if `False`. y always uses σ².
     - `mask`: bool, integer or floating, of any shape that broadcasts to `x`. Its
-      values weight the statistics: 0 leaves an element out, 2 counts it twice, and
-      n = Σ mask (scale sample weights to an average of about 1). y is computed at
-      every position. No gradient flows to the mask. Masked elements may be inf or NaN,
-      but not if gradients are taken.
+      values weight the statistics; 0 leaves an element out. A bool or integer mask
+      counts: 2 counts an element twice, and n = Σ mask. A floating mask holds weights
+      whose scale does not matter: n is their effective number, (Σ w)² / Σ w². y is
+      computed at every position. No gradient flows to the mask. Masked elements may be
+      inf or NaN, but not if gradients are taken.
     - `axis_name`: the mapped axis or axes (`shard_map`, `pmap`, `vmap`) over which the
       statistics are those of the whole batch, weighted by n. It is ignored with
       `train=False`, and `jit` with sharded arrays needs none.
@@ -94,7 +100,7 @@ def batch_norm(
     - `autodiff`: `"custom_vjp"` differentiates by the closed form and saves only `x`
       and per-feature vectors. Use `"jax"`, the same formula in plain JAX, for the
       transformations that refuse a `custom_vjp`: `jax.jvp`, `jax.jacfwd`,
-      `jax.linearize`. Complex `x` always uses it.
+      `jax.linearize`, `jax.experimental.jet`. Complex `x` always uses it.
 
     **Returns** `(y, new_state)`. Statistics are accumulated in float32 or wider, and
     the state keeps its dtypes; only a real mean becomes complex, by the first complex
@@ -109,7 +115,8 @@ def batch_norm(
 
     Differences from Flax: the variance is numerically stable (Flax's default cancels
     for large means), masked statistics are weighted by n over devices, an empty batch
-    changes nothing, and the running variance is unbiased by default.
+    changes nothing, the running variance is unbiased by default, and the running
+    statistics do not drift where the mean is large beside the deviation.
 
     Source: S. Ioffe and C. Szegedy, "Batch Normalization: Accelerating Deep Network
     Training by Reducing Internal Covariate Shift",
@@ -134,8 +141,6 @@ def batch_norm(
     options = StaticOptions(
         train=check_train(train),
         axis=check_axis(axis, x.ndim),
-        momentum=check_momentum(momentum),
-        epsilon=check_epsilon(epsilon),
         unbiased=check_unbiased(unbiased),
         axis_name=check_axis_name(axis_name),
         axis_index_groups=check_groups(axis_index_groups, axis_name),
@@ -144,8 +149,12 @@ def batch_norm(
     )
     arrays = check_variables(params, state, x, options.axis)
     mask = check_mask(mask, x.shape)
-    with explain_collectives(options.axis_name, options.axis_index_groups):
-        y, new_state = _batch_norm(*arrays, x, mask, options)
+    momentum, epsilon = check_momentum(momentum), check_epsilon(epsilon)
+    # In Python's float64 where momentum is a number: float32 has no 0.9999.
+    batch_weight = None if momentum is None else 1 - momentum
+    explain = explain_collectives(options.axis_name, options.axis_index_groups)
+    with explain, explain_forward_mode():
+        y, new_state = _batch_norm(*arrays, x, mask, batch_weight, epsilon, options)
     return y, new_state if options.train else state
 
 
@@ -171,6 +180,8 @@ def _batch_norm(
     state: BatchNormState,
     x: Array,
     mask: Array | None,
+    batch_weight: ArrayLike | None,
+    epsilon: ArrayLike,
     options: StaticOptions,
 ) -> tuple[Array, BatchNormState]:
     """Run the four steps, with every vector expanded to x's rank."""
@@ -200,12 +211,11 @@ def _batch_norm(
         mean, var = _batch_or_running(batch, running)
         with jax.named_scope("jaxbn.update_running_stats"):
             running = update_running_stats(
-                running, batch, options.momentum, options.unbiased
+                running, batch, batch_weight, options.unbiased
             )
     with jax.named_scope("jaxbn.normalize"):
         y = normalize(
-            *(x_acc, x, mean, var, scale, bias),
-            epsilon=options.epsilon,
+            *(x_acc, x, mean, var, scale, bias, epsilon),
             axes=axes,
             dtype=options.dtype,
             closed_form=closed_form,

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jax.typing import ArrayLike
 from jaxtyping import Float, Inexact
 
 from .axes import Axes
@@ -27,8 +28,8 @@ def normalize(
     var: Float[Array, "*stats"],
     scale: Vector,
     bias: Vector,
+    epsilon: ArrayLike,
     *,
-    epsilon: float,
     axes: Axes,
     dtype: np.dtype,
     closed_form: bool,
@@ -39,28 +40,22 @@ def normalize(
     """
     mean, scale, bias = (v.astype(x_acc.dtype) for v in (mean, scale, bias))
     var = var.astype(real_dtype(x_acc.dtype))
+    epsilon = jnp.asarray(epsilon, var.dtype)
     if closed_form:
-        arrays = match_vma(x_acc, x, mean, var, scale, bias)
-        return _normalize_vjp(*arrays, epsilon, axes, dtype)
-    return _formula(x_acc, mean, var, scale, bias, epsilon, dtype)
+        arrays = match_vma(x_acc, x, mean, var, scale, bias, epsilon)
+        return _normalize_vjp(*arrays, axes, dtype)
+    factor = inverse_std(var, epsilon).astype(scale.dtype) * scale
+    return _formula(x_acc, mean, factor, bias, dtype)
 
 
 def _formula(
-    x: Inexact[Array, "*x"],
-    mean: Vector,
-    var: Float[Array, "*stats"],
-    scale: Vector,
-    bias: Vector,
-    epsilon: float,
-    dtype: np.dtype,
+    x: Inexact[Array, "*x"], mean: Vector, factor: Vector, bias: Vector, dtype: np.dtype
 ) -> Inexact[Array, "*x"]:
     # x - μ first: x·a - μ·a cancels where |μ| is large beside σ.
-    factor = inverse_std(var, epsilon).astype(scale.dtype) * scale
-    mean, factor, bias = materialize_on_cpu(mean, factor, bias)
     return ((x.astype(mean.dtype) - mean) * factor + bias).astype(dtype)
 
 
-def inverse_std(var: Float[Array, "..."], epsilon: float) -> Float[Array, "..."]:
+def inverse_std(var: Float[Array, "..."], epsilon: ArrayLike) -> Float[Array, "..."]:
     """Return (σ² + ε)^(-1/2), and 0 where both are 0, so that y is the bias there."""
     variance = var + epsilon
     # Not rsqrt: its derivative has (σ² + ε)^(-3/2), which underflows for σ of 1e15.
@@ -68,7 +63,7 @@ def inverse_std(var: Float[Array, "..."], epsilon: float) -> Float[Array, "..."]
     return jnp.where(variance > 0, inv_std, 0)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(6, 7, 8))
+@partial(jax.custom_vjp, nondiff_argnums=(7, 8))
 def _normalize_vjp(
     x_acc: Inexact[Array, "*x"],
     x: Inexact[Array, "*x"],
@@ -76,14 +71,16 @@ def _normalize_vjp(
     var: Float[Array, "*stats"],
     scale: Vector,
     bias: Vector,
-    epsilon: float,
+    epsilon: Float[Array, ""],
     axes: Axes,
     dtype: np.dtype,
 ) -> Inexact[Array, "*x"]:
-    return _formula(x, mean, var, scale, bias, epsilon, dtype)
+    factor = inverse_std(var, epsilon) * scale
+    mean, factor, bias = materialize_on_cpu(mean, factor, bias)
+    return _formula(x, mean, factor, bias, dtype)
 
 
-Residuals = tuple[Array, Array, Array, Array]
+Residuals = tuple[Array, Array, Array, Array, Array]
 
 
 def _normalize_fwd(
@@ -93,28 +90,29 @@ def _normalize_fwd(
     var: Float[Array, "*stats"],
     scale: Vector,
     bias: Vector,
-    epsilon: float,
+    epsilon: Float[Array, ""],
     axes: Axes,
     dtype: np.dtype,
 ) -> tuple[Inexact[Array, "*x"], Residuals]:
     # The formula, not `_normalize_vjp`: jvp of grad passes through here.
-    y = _formula(x, mean, var, scale, bias, epsilon, dtype)
-    return y, (x, mean, var, scale)
+    factor = inverse_std(var, epsilon) * scale
+    shift, factor, bias = materialize_on_cpu(mean, factor, bias)
+    return _formula(x, shift, factor, bias, dtype), (x, mean, var, scale, epsilon)
 
 
 def _normalize_bwd(
-    epsilon: float, axes: Axes, dtype: np.dtype, residuals: Residuals, dy: Array
-) -> tuple[Array, None, Array, Array, Array, Array]:
+    axes: Axes, dtype: np.dtype, residuals: Residuals, dy: Array
+) -> tuple[Array, None, Array, Array, Array, Array, Array]:
     """Apply steps 1-4, 6 and 7 of docs/mathematics.md, with x̂ = (x - μ)·inv_std.
 
     1.  ∂l/∂x̂ᵢ    = ∂l/∂yᵢ · scale                     (inside 4, 6 and 7)
     2.  ∂l/∂scale = Σ ∂l/∂yᵢ · x̂ᵢ
     3.  ∂l/∂bias  = Σ ∂l/∂yᵢ
-    4.  ∂l/∂σ²    = Σ ∂l/∂x̂ᵢ · (-1/2)(xᵢ - μ)(σ² + ε)^(-3/2)
+    4.  ∂l/∂σ²    = Σ ∂l/∂x̂ᵢ · (-1/2)(xᵢ - μ)(σ² + ε)^(-3/2)  (∂l/∂ε: its sum)
     6.  ∂x̂ᵢ/∂μ    = -(σ² + ε)^(-1/2)
     7.  ∂x̂ᵢ/∂xᵢ   = (σ² + ε)^(-1/2)
     """
-    x, mean, var, scale = residuals
+    x, mean, var, scale, epsilon = residuals
     inv_std = inverse_std(var, epsilon)
     dbias, products = product_sums(dy, x, mean, var, axes)
     dscale = inv_std * products
@@ -122,7 +120,7 @@ def _normalize_bwd(
     dmean = -scale * inv_std * dbias
     (factor,) = materialize_on_cpu(scale * inv_std)
     dx = factor * dy.astype(mean.dtype)
-    return dx, None, dmean, dvar, dscale, dbias
+    return dx, None, dmean, dvar, dscale, dbias, jnp.sum(dvar)
 
 
 _normalize_vjp.defvjp(_normalize_fwd, _normalize_bwd)

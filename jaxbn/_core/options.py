@@ -1,10 +1,13 @@
 """The options that select a program, and the checks of each."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Literal, NamedTuple, get_args
 
 import jax.numpy as jnp
 import numpy as np
-from jax.errors import TracerBoolConversionError
+from jax import Array
+from jax.errors import ConcretizationTypeError, TracerBoolConversionError
 from jax.typing import ArrayLike, DTypeLike
 
 from .axes import Axes
@@ -18,8 +21,6 @@ class StaticOptions(NamedTuple):
 
     train: bool
     axis: Axes
-    momentum: float | None
-    epsilon: float
     unbiased: bool
     axis_name: AxisName | None
     axis_index_groups: Groups | None
@@ -38,10 +39,12 @@ def check_train(train: bool) -> bool:
     )
 
 
-def check_momentum(momentum: ArrayLike | None) -> float | None:
-    """Return `momentum` as a fraction, or None."""
-    momentum = None if momentum is None else _check_number("momentum", momentum)
-    if momentum is not None and not 0 <= momentum <= 1:
+def check_momentum(momentum: ArrayLike | None) -> float | Array | None:
+    """Return `momentum` as a fraction, as a traced scalar, or None."""
+    if momentum is None:
+        return None
+    momentum = _check_scalar("momentum", momentum)
+    if isinstance(momentum, float) and not 0 <= momentum <= 1:
         raise ValueError(
             f"momentum must lie in [0, 1], or be None; got {momentum}. It is the "
             "share that the old statistics keep: 1 minus PyTorch's momentum."
@@ -49,10 +52,10 @@ def check_momentum(momentum: ArrayLike | None) -> float | None:
     return momentum
 
 
-def check_epsilon(epsilon: ArrayLike) -> float:
-    """Return `epsilon` as a number that is not negative."""
-    epsilon = _check_number("epsilon", epsilon)
-    if not epsilon >= 0:
+def check_epsilon(epsilon: ArrayLike) -> float | Array:
+    """Return `epsilon` as a number that is not negative, if its value is known."""
+    epsilon = _check_scalar("epsilon", epsilon)
+    if isinstance(epsilon, float) and not epsilon >= 0:
         raise ValueError(
             f"epsilon must not be negative; got {epsilon}. "
             "It is added to the variance: pass a small number such as 1e-5."
@@ -60,14 +63,19 @@ def check_epsilon(epsilon: ArrayLike) -> float:
     return epsilon
 
 
-def _check_number(name: str, value: ArrayLike) -> float:
+def _check_scalar(name: str, value: ArrayLike) -> float | Array:
+    """Return a number as a float, a traced scalar as it is."""
     try:
         return float(value)  # pyright: ignore[reportArgumentType]
-    except (TypeError, ValueError):  # the error for a traced value is a TypeError
-        raise TypeError(
-            f"{name} must be a Python number, known while tracing; got {value!r}. "
-            "Under jit pass it as a static argument."
-        ) from None
+    except ConcretizationTypeError:
+        if jnp.shape(value) == () and jnp.isrealobj(value):
+            return jnp.asarray(value)
+    except (TypeError, ValueError):
+        pass
+    raise TypeError(
+        f"{name} must be a Python number or a traced real scalar; got {value!r}. "
+        "Of a schedule, pass the value at one step."
+    )
 
 
 def check_unbiased(unbiased: bool) -> bool:
@@ -101,3 +109,17 @@ def check_autodiff(autodiff: Autodiff) -> Autodiff:
             "'jax' for jvp, jacfwd and linearize, 'custom_vjp' for the rest."
         )
     return autodiff
+
+
+@contextmanager
+def explain_forward_mode() -> Iterator[None]:
+    """Name `autodiff="jax"` where JAX refuses forward mode through a custom_vjp."""
+    try:
+        yield
+    except TypeError as error:
+        if "forward-mode" in str(error):
+            error.add_note(
+                'jaxbn: pass autodiff="jax" for jvp, jacfwd and linearize; its values '
+                "are the same, and its backward keeps more."
+            )
+        raise

@@ -12,24 +12,21 @@ knows platforms, because XLA treats two sums that share terms differently:
 """
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple, TypeVar
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
 from jax.typing import DTypeLike
-from jaxtyping import Bool, Float, Inexact, Real
+from jaxtyping import Bool, Float, Inexact
 
 from .axes import Axes
-from .dtypes import real_dtype
+from .weights import Weights, apply_weights, divide_by_count, sum_over, total_weight
 
 Pair = tuple[Array, Array]
 SumPair = Callable[[Array, Array, Axes], Pair]
-# The number of elements: a Python int unless x is masked, so that dividing by it, or
-# comparing with it, costs no operation.
-Count = Array | int
 
 T = TypeVar("T")
 
@@ -42,60 +39,6 @@ MAX_SQUARED_MEAN_TO_VAR = 16
 MIN_SIZE_FOR_COND = 2**14
 
 
-class Weights(NamedTuple):
-    """Hold the mask as it was passed, and n = Σ w over the reduction axes."""
-
-    mask: Real[Array, "*#x"] | Bool[Array, "*#x"]
-    n: Float[Array, "*#stats"]
-
-
-def sum_weights(
-    x: Inexact[Array, "*x"],
-    mask: Real[Array, "*#x"] | Bool[Array, "*#x"] | None,
-    axes: Axes,
-    dtype: DTypeLike,
-) -> Weights | None:
-    """Sum the mask over `axes`, in `dtype`; `None` without a mask."""
-    if mask is None:
-        return None
-    copies = _product(x.shape[a] for a in axes if mask.shape[a] == 1)
-    return Weights(mask, copies * sum_over(mask.astype(real_dtype(dtype)), axes))
-
-
-def num_elements(x: Array, weights: Weights | None, axes: Axes) -> Count:
-    """Return n, the number of elements of each feature: Σ w if x is masked."""
-    if weights is None:
-        return _product(x.shape[a] for a in axes)
-    return weights.n
-
-
-def _product(lengths: Iterable[int]) -> Count:
-    """Multiply lengths: an int, unless `jax.export` has symbols for lengths."""
-    product = math.prod(lengths)
-    return product if isinstance(product, int) else jnp.asarray(product, jnp.float32)
-
-
-def sum_over(x: Array, axes: Axes) -> Array:
-    """Sum over `axes`, which stay with length 1."""
-    return jnp.sum(x, axes, keepdims=True)
-
-
-def apply_weights(x: Inexact[Array, "*x"], weights: Weights | None) -> Array:
-    """Return w·x, and 0 where w is 0."""
-    if weights is None:
-        return x
-    w = weights.mask.astype(real_dtype(x.dtype))
-    # Selected, not only multiplied: padding may hold inf or NaN, and 0 · inf is NaN.
-    return w.astype(x.dtype) * jnp.where(w != 0, x, 0)
-
-
-def divide_by_count(total: Array, n: Count) -> Array:
-    """Return `total` / n, and `total`, which then is 0, where n is not positive."""
-    if isinstance(n, int):
-        return total / max(n, 1)
-    return total / jnp.where(n > 0, n, 1).astype(total.dtype)
-
-
 def abs_square(z: Array) -> Array:
     """Return |z|², real also for complex z."""
     return jnp.real(z * jnp.conj(z))
@@ -104,12 +47,7 @@ def abs_square(z: Array) -> Array:
 def shifted_sums(
     x: Inexact[Array, "*x"], weights: Weights | None, axes: Axes, dtype: DTypeLike
 ) -> tuple[Array, Array, Array]:
-    """Return a shift s near the mean, Σ w(x-s) and Σ w|x-s|², of each feature.
-
-    Any s gives the exact mean and variance (Chan, Golub & LeVeque, "Algorithms for
-    Computing the Sample Variance", 1983); one near the mean keeps Σ|x-s|² from
-    cancelling, as Σx² does. So s is a constant to autodiff.
-    """
+    """Return `plain_shifted_sums` in the form that the platform likes."""
     static = {"axes": axes, "dtype": dtype}
     by_sample = partial(_sums_shifted_by_sample, **static)
     return _on_platform(
@@ -121,13 +59,25 @@ def shifted_sums(
     )
 
 
+def plain_shifted_sums(
+    x: Inexact[Array, "*x"], weights: Weights | None, axes: Axes, dtype: DTypeLike
+) -> tuple[Array, Array, Array]:
+    """Return a shift s near the mean, Σ w(x-s) and Σ w|x-s|², of each feature.
+
+    Any s gives the exact mean and variance (Chan, Golub & LeVeque, "Algorithms for
+    Computing the Sample Variance", 1983); one near the mean keeps Σ|x-s|² from
+    cancelling, as Σx² does. So s is a constant to autodiff.
+    """
+    return _sums_shifted_by_sample(x, x, weights, axes, dtype, _two_sums)
+
+
 def _sums_unshifted_if_safe(
     x: Array, weights: Weights | None, axes: Axes, dtype: DTypeLike
 ) -> tuple[Array, Array, Array]:
     """Return `shifted_sums` for s = 0 if they do not cancel, else for a sample mean."""
     static = {"axes": axes, "dtype": dtype, "sum_pair": _two_sums}
     total, squares = _sums_shifted_by(0, *_prevent_cse(x), weights, **static)
-    n = num_elements(x, weights, axes)
+    n = total_weight(x, weights, axes)
     mean = divide_by_count(total, n)
     var = divide_by_count(squares, n) - abs_square(mean)
     return lax.cond(
@@ -257,7 +207,7 @@ def _shift_from_sample(
     if weights is None:
         x = _sample(x, axes)
     total = sum_over(apply_weights(x.astype(dtype), weights), axes)
-    return divide_by_count(total, num_elements(x, weights, axes))
+    return divide_by_count(total, total_weight(x, weights, axes))
 
 
 def _sample(x: Array, axes: Axes) -> Array:

@@ -2,52 +2,57 @@
 
 import jax.numpy as jnp
 from jax import Array
-from jax.typing import DTypeLike
-from jaxtyping import Float, Int
+from jax.typing import ArrayLike
 
 from .moments import Moments
-from .reductions import divide_by_count
 from .variables import BatchNormState
+from .weights import bessel_correction
 
 
 def update_running_stats(
-    state: BatchNormState, batch: Moments, momentum: float | None, unbiased: bool
+    state: BatchNormState,
+    batch: Moments,
+    batch_weight: ArrayLike | None,
+    unbiased: bool,
 ) -> BatchNormState:
     """Update the running statistics with one batch; all vectors have x's rank.
 
-        running = keep · running + take · batch
+        running += batch_weight · (batch - running)
 
-    with keep = momentum and take = 1 - momentum, or, for the average of all batches
-    with equal weight, keep = count / (count + 1) and take = 1 / (count + 1). A feature
-    is updated if n > ddof, with ddof = 1 for the unbiased variance m2 / (n - 1) and 0
-    for the biased one, and if the state's dtype can hold its moments.
+    with `batch_weight` = 1 - momentum or, if it is `None`, 1 / (count + 1), for the
+    average of all batches with equal weight. A weight of 1 replaces the old statistics,
+    also where they are NaN. A feature is updated if n > ddof, with ddof = 1 for the
+    unbiased variance n/(n-1)·σ² and 0 for the biased one, if the state's dtype can hold
+    the batch's statistics, and if the difference to the old ones does not overflow.
     """
     ddof = int(unbiased)
-    var = divide_by_count(batch.m2, batch.n - ddof)
+    batch_var = batch.var * bessel_correction(batch.n) if unbiased else batch.var
+    if batch_weight is None:
+        batch_weight = 1 / (state.count.astype(batch.var.dtype) + 1)
+    mean = _mix(state.mean, batch.mean, batch_weight)
+    var = _mix(state.var, batch_var, batch_weight)
     is_updated = (
         (batch.n > ddof)
-        & jnp.isfinite(batch.mean.astype(state.mean.dtype))
-        & jnp.isfinite(var.astype(state.var.dtype))
+        & jnp.isfinite(batch.mean.astype(mean.dtype))
+        & jnp.isfinite(batch_var.astype(var.dtype))
+        & jnp.isfinite(mean)
+        & jnp.isfinite(var)
     )
-    keep, take = _update_weights(state.count, momentum, var.dtype)
-
-    def update(running: Array, new: Array) -> Array:
-        # The state keeps its dtype, so that a scan can carry it.
-        old = running.astype(new.dtype)
-        mixed = keep.astype(new.dtype) * old + take.astype(new.dtype) * new
-        return jnp.where(is_updated, mixed, old).astype(running.dtype)
-
     return BatchNormState(
-        mean=update(state.mean, batch.mean),
-        var=update(state.var, var),
+        mean=jnp.where(is_updated, mean, state.mean),
+        var=jnp.where(is_updated, var, state.var),
         count=state.count + jnp.any(is_updated).astype(state.count.dtype),
     )
 
 
-def _update_weights(
-    count: Int[Array, ""], momentum: float | None, dtype: DTypeLike
-) -> tuple[Float[Array, ""], Float[Array, ""]]:
-    if momentum is not None:
-        return jnp.asarray(momentum, dtype), jnp.asarray(1 - momentum, dtype)
-    batches = count.astype(dtype)
-    return batches / (batches + 1), 1 / (batches + 1)
+def _mix(running: Array, new: Array, batch_weight: ArrayLike) -> Array:
+    """Return running + batch_weight · (new - running), in the state's dtype.
+
+    The weights of the form momentum · running + batch_weight · new do not add up to 1
+    in float32: the average of equal values would move away from them.
+    """
+    old = running.astype(new.dtype)
+    weight = jnp.asarray(batch_weight, new.dtype)
+    mixed = jnp.where(weight == 1, new, old + weight * (new - old))
+    # The state keeps its dtype, so that a scan can carry it.
+    return mixed.astype(running.dtype)

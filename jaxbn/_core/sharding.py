@@ -7,9 +7,10 @@ the explicit kind are part of an array's type. Operands must agree in both.
 import jax
 from jax import Array, lax
 from jax.sharding import NamedSharding, PartitionSpec
+from jaxtyping import PyTree
 
 
-def match_vma(*trees: Array | tuple[Array, ...] | None) -> tuple:
+def match_vma(*trees: PyTree[Array]) -> tuple:
     """Mark all arrays as varying over every axis that one of them varies over.
 
     A custom_vjp must return cotangents that vary as its arguments do. With marked

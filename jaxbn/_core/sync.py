@@ -14,7 +14,8 @@ from jax import Array, lax
 from jaxtyping import Int
 
 from .moments import Moments
-from .reductions import abs_square, divide_by_count
+from .reductions import abs_square
+from .weights import divide_by_count
 
 AxisName = str | tuple[str, ...]
 Groups = tuple[tuple[int, ...], ...]
@@ -70,31 +71,38 @@ def check_partition(groups: Groups, size: int) -> None:
 
 
 def merge(local: Moments, axis_name: AxisName | None, groups: Groups | None) -> Moments:
-    """Merge the moments of every device of the axis, each weighted by its n.
+    """Merge the moments of every device of the axis, each weighted by its Σ w.
 
-        n = Σ nᵢ,   μ = Σ nᵢμᵢ / n,   m2 = Σ m2ᵢ + Σ nᵢ|μᵢ - μ|²
+        μ = Σ fᵢμᵢ,   σ² = Σ fᵢ(σᵢ² + |μᵢ - μ|²),   1/n = Σ fᵢ²/nᵢ
 
-    Chan, Golub & LeVeque, "Updating Formulae and a Pairwise Algorithm for Computing
-    Sample Variances", 1979, eq. 2.1, for any number of parts. Without an axis name,
+    with fᵢ the device's share of Σ w: the law of total variance, and Kish's effective
+    size for floating weights; n = Σ nᵢ for weights that count. Without an axis name,
     `local` is returned unchanged.
     """
     if axis_name is None:
         return local
     gathered = _num_devices(axis_name, groups) <= MAX_GATHERED_DEVICES
-    ns, means, m2s = (
+    means, variances, ns, *sums = (
         _gather_moments(_as_arrays(local), axis_name, groups)
         if gathered
         else (m[None] for m in _as_arrays(local))
     )
+    weights = sums[0] if sums else ns
 
     def total(*parts: Array) -> list[Array]:
         sums = [jnp.sum(part, 0) for part in parts]
         return sums if gathered else lax.psum(sums, axis_name, axis_index_groups=groups)
 
-    n, weighted = total(ns, ns.astype(means.dtype) * means)
-    mean = divide_by_count(weighted, n)
-    (m2,) = total(m2s + ns * abs_square(means - mean[None]))
-    return Moments(n, mean, m2)
+    weight, weighted = total(weights, weights.astype(means.dtype) * means)
+    mean = divide_by_count(weighted, weight)
+    shares = divide_by_count(weights, weight[None])
+    variances = shares * (variances + abs_square(means - mean[None]))
+    if not sums:
+        (var,) = total(variances)
+        return Moments(mean, var, weight)
+    var, inverse_n = total(variances, divide_by_count(shares * shares, ns))
+    n = divide_by_count((weight > 0).astype(var.dtype), inverse_n)
+    return Moments(mean, var, n, weight)
 
 
 def _num_devices(axis_name: AxisName, groups: Groups | None) -> int:
@@ -105,15 +113,16 @@ def _num_devices(axis_name: AxisName, groups: Groups | None) -> int:
     return max(map(len, groups))
 
 
-def _as_arrays(local: Moments) -> tuple[Array, Array, Array]:
-    """Return n, mean and m2 in one shape."""
-    n = jnp.asarray(local.n, local.m2.dtype)
-    return jnp.broadcast_to(n, local.m2.shape), local.mean, local.m2
+def _as_arrays(local: Moments) -> list[Array]:
+    """Return mean, variance, n and, where it is not n, Σ w, in one shape."""
+    mean, var, *counts = local
+    counts = [jnp.asarray(n, var.dtype) for n in counts if n is not None]
+    return [mean, var, *(jnp.broadcast_to(n, mean.shape) for n in counts)]
 
 
 def _gather_moments(
-    moments: tuple[Array, ...], axis_name: AxisName, groups: Groups | None
-) -> tuple[Array, Array, Array]:
+    moments: list[Array], axis_name: AxisName, groups: Groups | None
+) -> list[Array]:
     """Gather every device's moments along a new leading axis, alike on all devices.
 
     It is one psum of slots that are zero but for the device's own. An all_gather would
@@ -126,8 +135,10 @@ def _gather_moments(
     is_own = jnp.arange(slots).reshape(slots, *(1,) * own.ndim) == slot
     table = jnp.where(is_own, own[None], 0)
     table = lax.psum(table, axis_name, axis_index_groups=groups)
-    n, mean, m2 = (table[:, i] for i in range(3))
-    return jnp.real(n), mean, jnp.real(m2)
+    return [
+        table[:, i] if jnp.iscomplexobj(m) else jnp.real(table[:, i])
+        for i, m in enumerate(moments)
+    ]
 
 
 def _slot(axis_name: AxisName, groups: Groups | None) -> Int[Array, ""]:

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 from jax.typing import ArrayLike, DTypeLike
-from jaxtyping import Float, Inexact, Int
+from jaxtyping import Float, Inexact, Real
 
 from .axes import Axes
 from .dtypes import accumulation_dtype, real_dtype
@@ -49,13 +49,15 @@ else:  # beartype knows no generic NamedTuple
 class BatchNormState(NamedTuple):
     """Hold the running statistics, an immutable pytree: passed in, returned updated.
 
-    `mean` and `var` have the features' shape; `count` is an int32 scalar, the number
-    of batches that updated them (PyTorch's `num_batches_tracked`; Flax has none).
+    `mean` and `var` have the features' shape; `count` is a scalar, the number of
+    batches that updated them (PyTorch's `num_batches_tracked`; Flax has none). `init`
+    makes it float32, so that averages of states over devices or steps keep all dtypes;
+    an integer `count` stays one.
     """
 
     mean: Inexact[Array, "*features"]
     var: Float[Array, "*features"]
-    count: Int[Array, ""]  # pyright: ignore[reportIncompatibleMethodOverride]
+    count: Real[Array, ""]  # pyright: ignore[reportIncompatibleMethodOverride]
 
 
 @overload
@@ -106,7 +108,7 @@ def init(
     >>> state.mean, state.var, state.count
     (Array([0., 0., 0.], dtype=float32),
      Array([1., 1., 1.], dtype=float32),
-     Array(0, dtype=int32))
+     Array(0., dtype=float32))
     """
     shape = check_num_features(num_features)
     dtype = _check_param_dtype(param_dtype)
@@ -116,7 +118,7 @@ def init(
     )
     mean = jnp.zeros(shape, accumulation_dtype(dtype))
     var = jnp.ones(shape, real_dtype(mean.dtype))
-    return params, BatchNormState(mean, var, jnp.zeros((), jnp.int32))
+    return params, BatchNormState(mean, var, jnp.zeros((), jnp.float32))
 
 
 def check_num_features(num_features: int | Sequence[int]) -> tuple[int, ...]:

@@ -32,12 +32,12 @@ class Layer(Protocol):
         ...
 
     @property
-    def momentum(self) -> float | None:
+    def momentum(self) -> ArrayLike | None:
         """The share that the running statistics keep."""
         ...
 
     @property
-    def epsilon(self) -> float:
+    def epsilon(self) -> ArrayLike:
         """Added to the variance."""
         ...
 
@@ -114,7 +114,7 @@ def flax_mask(mask: ArrayLike | None) -> Array | None:
 
 def make_state(mean: Array, var: Array, count: Array | None = None) -> BatchNormState:
     """Make a state of a layer's variables; most layers have no count of batches."""
-    return BatchNormState(mean, var, jnp.int32(0) if count is None else count)
+    return BatchNormState(mean, var, jnp.float32(0) if count is None else count)
 
 
 def mapped_names(axis_name: AxisNames | None) -> tuple[str, ...] | None:

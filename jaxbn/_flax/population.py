@@ -9,7 +9,7 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from .._core.dtypes import accumulation_dtype
-from .._core.moments import check_mask
+from .._core.weights import check_mask
 from .._inference.accumulator import Accumulator
 from .._inference.population import Variance, check_same_features, finalize
 from .folding import check_has_batch_norm

@@ -12,9 +12,9 @@ from jaxtyping import Float, Inexact
 from .._core.axes import Axes, reduction_axes, squeeze_features
 from .._core.dtypes import accumulation_dtype, real_dtype
 from .._core.moments import moments
-from .._core.reductions import divide_by_count
 from .._core.sharding import shard_like
 from .._core.sync import AxisName, Groups, merge
+from .._core.weights import bessel_correction
 
 AnyArray = Array | np.ndarray  # JAX on the device, NumPy on the host
 Real = Float[AnyArray, "*features"]
@@ -57,14 +57,16 @@ class Accumulator(NamedTuple):
     ) -> "Accumulator":
         """Accumulate one batch over all axes but `feature_axes`, on the device."""
         mask = None if mask is None else shard_like(mask, x)
-        x = x.astype(accumulation_dtype(x.dtype))
+        x_acc = x.astype(accumulation_dtype(x.dtype))
         axes = reduction_axes(feature_axes, x.ndim)
-        batch = merge(moments(x, x, mask, axes, closed_form=False), axis_name, groups)
-        n = jnp.broadcast_to(jnp.asarray(batch.n, batch.m2.dtype), batch.mean.shape)
+        closed_form = not jnp.iscomplexobj(x)
+        local = moments(x_acc, x, mask, axes, closed_form=closed_form)
+        mean, var, n, _ = merge(local, axis_name, groups)
+        n = jnp.broadcast_to(jnp.asarray(n, var.dtype), mean.shape)
         var_weight = jnp.where(n > 1, n, 0)
         parts = (
-            *(batch.mean, batch.m2, n, (n > 0).astype(n.dtype)),
-            *(var_weight, var_weight * divide_by_count(batch.m2, n - 1)),
+            *(mean, n * var, n, (n > 0).astype(n.dtype)),
+            *(var_weight, var_weight * bessel_correction(n) * var),
         )
         return Accumulator(*(squeeze_features(part, feature_axes) for part in parts))
 

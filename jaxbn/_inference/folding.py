@@ -23,7 +23,7 @@ Vector = Inexact[Array, "*features"]
 def inference_affine(
     params: AnyParams,
     state: BatchNormState,
-    epsilon: float = 1e-5,
+    epsilon: ArrayLike = 1e-5,
 ) -> tuple[Vector, Vector]:
     """Return inference as one affine map: y = x · scale + offset.
 
@@ -48,12 +48,12 @@ def inference_affine(
 
     >>> import jax.numpy as jnp, jaxbn
     >>> params = jaxbn.BatchNormParams(jnp.array([3.0]), jnp.array([1.0]))
-    >>> state = jaxbn.BatchNormState(jnp.array([10.0]), jnp.array([4.0]), jnp.int32(1))
+    >>> state = jaxbn.BatchNormState(jnp.array([10.0]), jnp.array([4.0]), 1.0)
     >>> jaxbn.inference_affine(params, state, epsilon=0.0)
     (Array([1.5], dtype=float32), Array([-14.], dtype=float32))
     """
-    epsilon = check_epsilon(epsilon)
-    return _inference_affine(*_check_statistics(params, state), epsilon)
+    statistics = _check_statistics(params, state)
+    return _inference_affine(*statistics, check_epsilon(epsilon))
 
 
 def fold(
@@ -62,7 +62,7 @@ def fold(
     params: AnyParams,
     state: BatchNormState,
     *,
-    epsilon: float = 1e-5,
+    epsilon: ArrayLike = 1e-5,
     axis: int | Sequence[int] = -1,
 ) -> tuple[Inexact[Array, "..."], Inexact[Array, "..."]]:
     """Fold a batch norm into the preceding linear layer.
@@ -101,7 +101,7 @@ def fold(
 
     >>> import jax.numpy as jnp, jaxbn
     >>> params = jaxbn.BatchNormParams(jnp.array([3.0]), jnp.array([1.0]))
-    >>> state = jaxbn.BatchNormState(jnp.array([10.0]), jnp.array([4.0]), jnp.int32(1))
+    >>> state = jaxbn.BatchNormState(jnp.array([10.0]), jnp.array([4.0]), 1.0)
     >>> jaxbn.fold(jnp.ones((2, 1)), None, params, state, epsilon=0.0)
     (Array([[1.5],
             [1.5]], dtype=float32), Array([-14.], dtype=float32))
@@ -112,20 +112,20 @@ def fold(
     bias = np.zeros(features, np.float32) if bias is None else bias
     bias = jnp.asarray(bias)
     _check_layer(kernel, bias, axes, jnp.shape(state.mean))
-    epsilon = check_epsilon(epsilon)
-    return _fold(kernel, bias, *_check_statistics(params, state), epsilon, axes)
+    statistics = _check_statistics(params, state)
+    return _fold(kernel, bias, *statistics, check_epsilon(epsilon), axes)
 
 
-@partial(jax.jit, static_argnames="epsilon")
+@jax.jit
 def _inference_affine(
-    scale: Vector, bias: Vector, mean: Vector, var: Vector, epsilon: float
+    scale: Vector, bias: Vector, mean: Vector, var: Vector, epsilon: ArrayLike
 ) -> tuple[Vector, Vector]:
     scale, mean, bias = _centred_affine(scale, bias, mean, var, epsilon)
     return scale, bias - mean * scale
 
 
 # Compiled: a model has dozens of shapes, and each operation on each shape takes time.
-@partial(jax.jit, static_argnames=("epsilon", "axes"))
+@partial(jax.jit, static_argnames="axes")
 def _fold(
     kernel: Inexact[Array, "..."],
     bias: Inexact[Array, "..."],
@@ -133,7 +133,7 @@ def _fold(
     norm_bias: Vector,
     mean: Vector,
     var: Vector,
-    epsilon: float,
+    epsilon: ArrayLike,
     axes: Axes,
 ) -> tuple[Inexact[Array, "..."], Inexact[Array, "..."]]:
     affine = norm_scale, norm_bias, mean, var
@@ -150,7 +150,7 @@ def _centred_affine(
     bias: Vector,
     mean: Vector,
     var: Vector,
-    epsilon: float,
+    epsilon: ArrayLike,
     *others: Inexact[Array, "..."],
 ) -> tuple[Vector, Vector, Vector]:
     """Return a, μ and b of y = (x - μ) · a + b, in the widest dtype of all arrays."""

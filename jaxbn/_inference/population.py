@@ -18,8 +18,8 @@ from jax.typing import ArrayLike
 from .._core.axes import check_axis
 from .._core.batch_norm import check_input
 from .._core.dtypes import accumulation_dtype, real_dtype
-from .._core.moments import check_mask
 from .._core.variables import BatchNormState
+from .._core.weights import check_mask
 from .accumulator import Accumulator, AnyArray
 
 Batch = TypeVar("Batch")
@@ -55,9 +55,9 @@ def population(
     **Arguments**
 
     - `batches`: an iterable of arrays, floating or complex, each the layer's input for
-      one batch; or of pairs `(x, mask)`, with a mask as in `batch_norm`. It is read
-      once, one batch at a time. Batches may differ in all but their features, and may
-      be sharded.
+      one batch; or of pairs `(x, mask)`, with a mask as in `batch_norm`: n_B is Σ mask,
+      or the effective number of a floating mask's weights. It is read once, one batch
+      at a time. Batches may differ in all but their features, and may be sharded.
     - `axis`: the feature axis or axes, as in `batch_norm`.
     - `variance`: `"paper"` or `"total"`. A batch with n_B ≤ 1 has no variance: for
       "paper" it counts in the mean alone.
@@ -86,7 +86,7 @@ def population(
     >>> jaxbn.population(batches)  # unbiased variances 2 (n = 2) and 4 (n = 3)
     BatchNormState(mean=Array([5.6], dtype=float32),
                    var=Array([3.2], dtype=float32),
-                   count=Array(2, dtype=int32))
+                   count=Array(2., dtype=float32))
     >>> jaxbn.population(batches, variance="total").var
     Array([13.3], dtype=float32)
     """
@@ -107,7 +107,7 @@ def population(
     return BatchNormState(
         mean=jnp.asarray(mean, dtype),
         var=jnp.asarray(var, real_dtype(dtype)),
-        count=jnp.asarray(total.num_batches.max(), jnp.int32),
+        count=jnp.asarray(total.num_batches.max(), jnp.float32),
     )
 
 

@@ -39,7 +39,7 @@ def layers_of(variables: PyTree) -> dict[str, Layer]:
                      bias=Array([0., 0.], dtype=float32)),
      BatchNormState(mean=Array([0., 0.], dtype=float32),
                     var=Array([1., 1.], dtype=float32),
-                    count=Array(0, dtype=int32)))
+                    count=Array(0., dtype=float32)))
     """
     return read_layers(find_layers(variables, FLAX))
 

@@ -111,7 +111,7 @@ def as_layer(vectors: Vectors, name: str) -> Layer:
     params = (jnp.array(arrays[f]) if f in arrays else None for f in ("scale", "bias"))
     mean, var = (jnp.array(arrays[f]) for f in ("mean", "var"))
     mean, var = (a.astype(accumulation_dtype(a.dtype)) for a in (mean, var))
-    count = jnp.array(arrays.get("count", 0), jnp.int32)
+    count = jnp.array(arrays.get("count", 0), jnp.float32)
     return BatchNormParams(*params), BatchNormState(mean, var, count)
 
 

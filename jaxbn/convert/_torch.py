@@ -55,7 +55,7 @@ def from_torch(state_dict: Mapping[str, AnyArray]) -> Layer:
     ...     "running_mean": np.array([0.5, 1.5]), "running_var": np.array([2.0, 3.0]),
     ...     "num_batches_tracked": np.array(7)})
     >>> params, state.count
-    (BatchNormParams(scale=None, bias=None), Array(7, dtype=int32))
+    (BatchNormParams(scale=None, bias=None), Array(7., dtype=float32))
     """
     return read_layer(find_layers(dict(state_dict), TORCH), TORCH)
 

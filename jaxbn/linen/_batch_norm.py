@@ -39,7 +39,7 @@ class BatchNorm(nn.BatchNorm):
     - `momentum`: may be `None`: the running statistics are then the average of all
       batches with equal weight, and `batch_stats` holds a `count` of them beside
       `mean` and `var`. Variables without one count as no batch: the first replaces
-      them. `momentum` and `epsilon` are Python numbers, never traced.
+      them. `momentum` and `epsilon` may be traced scalars, as in Flax.
     - `unbiased`: `True` updates the running variance with n/(n-1)·σ², as in the paper
       and PyTorch; the default, `False`, with σ², as in Flax. Keyword only.
     - `autodiff`: `"jax"` is for forward mode (`jax.jvp`, `jax.jacfwd`), which the
@@ -76,7 +76,8 @@ class BatchNorm(nn.BatchNorm):
     """
 
     axis: int | Sequence[int] = -1  # pyright: ignore[reportIncompatibleVariableOverride]
-    momentum: float | None = 0.99  # pyright: ignore[reportIncompatibleVariableOverride]
+    momentum: ArrayLike | None = 0.99  # pyright: ignore[reportIncompatibleVariableOverride]
+    epsilon: ArrayLike = 1e-5  # pyright: ignore[reportIncompatibleVariableOverride]
     axis_name: str | Sequence[str] | None = None  # pyright: ignore[reportIncompatibleVariableOverride]
     unbiased: bool = field(default=False, kw_only=True)
     autodiff: Literal["custom_vjp", "jax"] = field(default="custom_vjp", kw_only=True)
@@ -168,7 +169,7 @@ def _statistics(
         "var": variable("var", jnp.ones, shape, dtype),
     }
     if counted and layer.momentum is None:
-        stats["count"] = variable("count", jnp.zeros, (), jnp.int32)
+        stats["count"] = variable("count", jnp.zeros, (), jnp.float32)
     return stats
 
 

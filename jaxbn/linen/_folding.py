@@ -109,7 +109,7 @@ def _fold_pair(
         meta.unbox(kernel),
         meta.unbox(bias),
         BatchNormParams(scale, shift),
-        BatchNormState(mean, var, jnp.int32(0)),
+        BatchNormState(mean, var, jnp.float32(0)),
         epsilon=epsilon,
         axis=axis,
     )

@@ -37,7 +37,7 @@ class BatchNorm(nnx.BatchNorm):
 
     - `momentum`: may be `None`: the running statistics are then the average of all
       batches with equal weight, and a third `nnx.BatchStat`, `count`, counts them.
-      `momentum` and `epsilon` are Python numbers, never traced.
+      `momentum` and `epsilon` may be traced scalars, as in Flax.
     - `unbiased`: `True` updates the running variance with n/(n-1)·σ², as in the paper
       and PyTorch; the default, `False`, with σ², as in Flax.
     - `autodiff`: `"jax"` is for forward mode (`jax.jvp`, `jax.jacfwd`), which the
@@ -83,8 +83,8 @@ class BatchNorm(nnx.BatchNorm):
         *,
         use_running_average: bool | None = False,
         axis: int = -1,
-        momentum: float | None = 0.99,
-        epsilon: float = 1e-5,
+        momentum: ArrayLike | None = 0.99,
+        epsilon: ArrayLike = 1e-5,
         dtype: DTypeLike | None = None,
         param_dtype: DTypeLike = jnp.float32,
         use_bias: bool = True,
@@ -106,7 +106,7 @@ class BatchNorm(nnx.BatchNorm):
             use_running_average=use_running_average,
             axis=axis,
             momentum=momentum,  # pyright: ignore[reportArgumentType]
-            epsilon=epsilon,
+            epsilon=epsilon,  # pyright: ignore[reportArgumentType]
             dtype=dtype,
             param_dtype=param_dtype,
             use_bias=use_bias,
@@ -126,7 +126,7 @@ class BatchNorm(nnx.BatchNorm):
         if autodiff != BatchNorm.autodiff:
             self.autodiff = autodiff
         if momentum is None:
-            self.count = nnx.BatchStat(jnp.zeros((), jnp.int32))
+            self.count = nnx.BatchStat(jnp.zeros((), jnp.float32))
 
     def __call__(
         self,
@@ -187,7 +187,7 @@ def check_running_average(use_running_average: bool | None) -> bool:
     return use_running_average
 
 
-def check_counted(momentum: float | None, counted: bool) -> None:
+def check_counted(momentum: ArrayLike | None, counted: bool) -> None:
     """Check that a layer that averages with equal weights counts its batches."""
     if momentum is None and not counted:
         raise ValueError(

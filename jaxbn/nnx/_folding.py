@@ -122,7 +122,7 @@ def _fold_pair(layer: object, norm: object) -> Layer:
         layer.kernel[...],
         bias,
         BatchNormParams(scale, shift),
-        BatchNormState(norm.mean[...], norm.var[...], jnp.int32(0)),
+        BatchNormState(norm.mean[...], norm.var[...], jnp.float32(0)),
         epsilon=norm.epsilon,
         axis=-2 if getattr(layer, "transpose_kernel", False) else -1,
     )

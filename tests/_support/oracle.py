@@ -72,6 +72,13 @@ def unflatten_elements(flat, shape, axis):
     return np.moveaxis(moved, range(-len(axes), 0), axes)
 
 
+def effective_size(w):
+    """Return (Σ w)² / Σ w² over the elements, and 0 where all weights are 0."""
+    shares = w / np.where(w.sum(0) > 0, w.sum(0), 1)
+    squares = (shares**2).sum(0)
+    return np.where(squares > 0, 1 / np.where(squares > 0, squares, 1), 0)
+
+
 def train_step(
     case, *, axis=-1, momentum=0.99, epsilon=1e-5, unbiased=True, mask=None
 ) -> Result:
@@ -81,9 +88,10 @@ def train_step(
     if mask is not None:
         w = np.broadcast_to(np.asarray(mask, np.float64), case.x.shape)
     x, w, dy = (flatten_elements(a, axis) for a in (case.x, w, case.dy))
-    n = w.sum(0)
+    weight = w.sum(0)
+    n = effective_size(w) if np.asarray(mask).dtype.kind in "fV" else weight
     some, updates = n > 0, n > (1 if unbiased else 0)
-    m = np.where(some, n, 1)
+    m = np.where(some, weight, 1)
 
     # Forward, Algorithm 1.
     mu = np.where(some, (w * x).sum(0) / m, case.mean)
@@ -131,7 +139,9 @@ def train_step(
             "y": (np.abs(case.scale) * terms).max(initial=0),
             "mean": np.abs([keep * case.mean, (1 - keep) * mu]).max(initial=0),
             # The mean of equal values is rounded, which leaves a variance of this size.
-            "var": (1 - keep) * eps * (bessel * n * (x**2).max(0, initial=0)).max(),
+            "var": (1 - keep)
+            * eps
+            * (bessel * weight * (x**2).max(0, initial=0)).max(),
         },
     )
 

@@ -100,9 +100,20 @@ def test_traced_train_error_names_static_argnames():
     assert jax.jit(lambda x, train: call(x, train), static_argnums=1)(X, True)
 
 
-def test_traced_momentum_error_names_static_argument():
-    with pytest.raises(TypeError, match=r"momentum must be .*pass it as a static arg"):
-        jax.jit(lambda momentum: call(momentum=momentum))(0.9)
+@pytest.mark.parametrize("name", ["momentum", "epsilon"])
+@pytest.mark.parametrize("value", [np.full(3, 0.9), 0.9j], ids=["vector", "complex"])
+def test_traced_options_must_be_real_scalars(name, value):
+    with pytest.raises(TypeError, match=rf"{name} must be .* traced real scalar"):
+        jax.jit(lambda value: call(**{name: value}))(value)
+
+
+@pytest.mark.parametrize(
+    "transform", [lambda f, x: jax.jvp(f, (x,), (x,)), lambda f, x: jax.jacfwd(f)(x)]
+)
+def test_refused_forward_mode_names_the_other_rule(transform):
+    with pytest.raises(TypeError, match="forward-mode") as info:
+        transform(lambda x: call(x)[0], X)
+    assert any('autodiff="jax"' in note for note in info.value.__notes__)
 
 
 @pytest.mark.parametrize(

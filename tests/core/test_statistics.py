@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from helpers import assert_close, rounded, run
 from oracle import random_case, train_step
@@ -158,7 +159,7 @@ def test_scan_carries_the_state(dtype, state_dtype, momentum, rng, x64):
 
     carried, ys = jax.lax.scan(step, state, xs)
     assert ys.dtype == dtype
-    assert [a.dtype for a in carried] == [state_dtype, state_dtype, "int32"]
+    assert [a.dtype for a in carried] == [state_dtype, state_dtype, "float32"]
     looped = state
     for x in xs:
         _, looped = jaxbn.batch_norm(params, looped, x, True, momentum=momentum)
@@ -167,7 +168,137 @@ def test_scan_carries_the_state(dtype, state_dtype, momentum, rng, x64):
     assert carried.count == 5
 
 
+@pytest.mark.parametrize("momentum", [0.0, None])
+def test_weight_of_1_replaces_nan_and_inf(momentum, rng):
+    """Momentum 0, and `None` at count 0, forget the old statistics."""
+    x = batches(rng)[0]
+    params, state = jaxbn.init(C)
+    state = state._replace(
+        mean=jnp.array([jnp.nan, jnp.inf, 0.0]), var=jnp.array([jnp.nan, 1.0, jnp.inf])
+    )
+    _, new = jaxbn.batch_norm(params, state, x, True, momentum=momentum)
+    np.testing.assert_allclose(new.mean, x.mean(0), rtol=1e-5)
+    np.testing.assert_allclose(new.var, x.var(0, ddof=1), rtol=1e-5)
+
+
+def test_other_weights_keep_nan(rng):
+    x = batches(rng)[0]
+    params, state = jaxbn.init(C)
+    state = state._replace(mean=state.mean.at[0].set(jnp.nan))
+    _, new = jaxbn.batch_norm(params, state, x, True, momentum=0.5)
+    assert np.isnan(new.mean[0])
+    np.testing.assert_allclose(new.mean[1:], 0.5 * x.mean(0)[1:], rtol=1e-5)
+
+
+def test_difference_of_huge_means_does_not_overflow():
+    params, state = jaxbn.init(1)
+    for value in (3e38, -3e38, 3e38):
+        x = jnp.full((4, 1), value)
+        _, state = jaxbn.batch_norm(params, state, x, True, momentum=0.5)
+        assert np.all(np.isfinite(state.mean))
+        assert np.all(np.isfinite(state.var))
+
+
+@pytest.mark.parametrize(
+    ("mean", "momentum", "bound"),
+    [(1e3, 0.9999, 1e-3), (1e3, 0.999, 5e-4), (3e4, 0.999, 4e-3), (3e4, 0.9, 4e-3)],
+)
+def test_running_mean_does_not_drift(mean, momentum, bound, rng):
+    """Bounds are in deviations; Flax's form is off by 0.17 in the first case."""
+    x = (mean + rng.normal(size=(256, 1))).astype(np.float32)
+    params, state = jaxbn.init(1)
+    true = np.float64(x).mean(0)
+    state = state._replace(mean=jnp.asarray(true, jnp.float32))
+    steps = round(3 / (1 - momentum))
+
+    def step(state, _):
+        _, state = jaxbn.batch_norm(params, state, x, True, momentum=momentum)
+        return state, None
+
+    state, _ = jax.jit(lambda s: jax.lax.scan(step, s, None, steps))(state)
+    np.testing.assert_allclose(state.mean, true, rtol=0, atol=bound)
+
+
+# The state as a tree
+
+
+def tree_average(*states):
+    return jax.tree.map(lambda *leaves: sum(leaves) / len(leaves), *states)
+
+
+def test_average_of_states_keeps_dtypes(rng):
+    states = [train_on(batches(rng)[:n]) for n in (1, 2)]
+    average = tree_average(*states)
+    assert [a.dtype for a in average] == [a.dtype for a in states[0]]
+    assert average.count == 1.5
+    np.testing.assert_allclose(average.mean, (states[0].mean + states[1].mean) / 2)
+
+
+def test_cond_and_scan_carry_an_average_of_states(rng):
+    params, state = jaxbn.init(C)
+    xs = jnp.asarray(rng.normal(size=(4, 6, C)), jnp.float32)
+
+    def step(carry, x):
+        state, ema = carry
+        _, state = jaxbn.batch_norm(params, state, x, True, momentum=0.5)
+        ema = optax.incremental_update(state, ema, 0.25)
+        state = jax.lax.cond(
+            x[0, 0] > 0, lambda: tree_average(state, ema), lambda: state
+        )
+        return (state, ema), state.mean
+
+    (carried, _), means = jax.lax.scan(step, (state, state), xs)
+    assert [a.dtype for a in carried] == ["float32"] * 3
+    state = ema = state
+    for x, mean in zip(np.asarray(xs, np.float64), means, strict=True):
+        state = state._replace(mean=0.5 * (state.mean + x.mean(0)))
+        ema = ema._replace(mean=0.75 * ema.mean + 0.25 * state.mean)
+        if x[0, 0] > 0:
+            state = tree_average(state, ema)
+        np.testing.assert_allclose(mean, state.mean, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("momentum", [0.9, None])
+def test_gradient_over_params_and_state_reaches_the_old_statistics(momentum, rng):
+    params, state = jaxbn.init(C)
+    state = state._replace(count=jnp.float32(3))
+    x = jnp.asarray(rng.normal(size=(6, C)), jnp.float32)
+
+    def loss(params, state):
+        _, new = jaxbn.batch_norm(params, state, x, True, momentum=momentum)
+        return jnp.sum(new.mean)
+
+    _, dstate = jax.grad(loss, (0, 1))(params, state)
+    keep = 0.75 if momentum is None else momentum
+    np.testing.assert_allclose(dstate.mean, np.full(C, keep), rtol=1e-6)
+    dcount = 0.0 if momentum else -(x.mean(0) - state.mean).sum() / 16
+    np.testing.assert_allclose(dstate.count, dcount, rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize("dtype", ["int32", "float32"])
+def test_count_keeps_its_dtype(dtype, rng):
+    params, state = jaxbn.init(C)
+    state = state._replace(count=jnp.asarray(2, dtype))
+    _, new = jaxbn.batch_norm(params, state, batches(rng)[0], True)
+    assert (new.count, new.count.dtype) == (3, dtype)
+
+
 # Accuracy
+
+
+@pytest.mark.parametrize(("n", "safe"), [(100, 0.12), (10_000, 0.9)])
+def test_deviations_up_to_the_overflow_bound_are_normalized(n, safe, rng):
+    """Σ(x-s)² of float32 overflows beyond a deviation of 1.8e19 / √n, where s is the
+    mean; the mean s of a sample lowers the bound, by a factor of 8 at most.
+    """
+    x = rng.normal(size=(n, 1))
+    params, state = jaxbn.init(1)
+    for factor, fits in ((safe, True), (1.1, False)):
+        values = (factor * 1.8446e19 / np.sqrt(n) * x / x.std()).astype(np.float32)
+        y, new = jaxbn.batch_norm(params, state, values, True, momentum=0.0)
+        assert np.all(np.isfinite(y))
+        assert new.count == int(fits)
+        np.testing.assert_allclose(np.std(y), 1 if fits else 0, rtol=1e-4)
 
 
 def batch_statistics(x, **options):

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers import TOLERANCE, assert_close, rounded, run, saved_residuals
+from jax.experimental.jet import jet
 from jax.test_util import check_grads
 from oracle import random_case, train_step
 
@@ -94,6 +95,55 @@ def test_plain_autodiff_supports_jvp_and_linearize(small, rng):
     np.testing.assert_allclose(tangent, expected, rtol=1e-10)
     _, linear = jax.linearize(loss, *arguments)
     np.testing.assert_allclose(linear(*tangents), expected, rtol=1e-10)
+
+
+@pytest.mark.parametrize("train", [True, False])
+@pytest.mark.parametrize("n", [8, 8192])  # small and large for the CPU's sums
+def test_plain_autodiff_is_plain_jax(n, train, rng):
+    """It has primitives that every transformation knows, and no custom rule."""
+    case = rounded(random_case(rng, (n, 4)), "float32")
+
+    def forward(x):
+        scale, bias, mean, var = map(jnp.asarray, case[1:5])
+        params = jaxbn.BatchNormParams(scale, bias)
+        state = jaxbn.BatchNormState(mean, var, jnp.float32(3))
+        return jaxbn.batch_norm(params, state, x, train, autodiff="jax")
+
+    text = str(jax.make_jaxpr(forward)(case.x))
+    assert "reduce_sum" in text or not train
+    for word in ("cond", "platform", "custom", "barrier"):
+        assert word not in text
+
+
+@pytest.mark.parametrize("train", [True, False])
+@pytest.mark.parametrize("n", [8, 8192])
+def test_taylor_mode_matches_nested_jvp(n, train, rng):
+    case = rounded(random_case(rng, (n, 2)), "float32")
+    v = jnp.asarray(rng.normal(size=(n, 2)), jnp.float32)
+
+    def forward(x):
+        scale, bias, mean, var = map(jnp.asarray, case[1:5])
+        params = jaxbn.BatchNormParams(scale, bias)
+        state = jaxbn.BatchNormState(mean, var, jnp.float32(3))
+        return jaxbn.batch_norm(params, state, x, train, autodiff="jax")[0]
+
+    def derivative(x):
+        return jax.jvp(forward, (x,), (v,))[1]
+
+    _, (first, second) = jet(forward, (case.x,), ((v, jnp.zeros_like(v)),))
+    expected, expected_second = jax.jvp(derivative, (case.x,), (v,))
+    np.testing.assert_allclose(first, expected, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(second, expected_second, rtol=1e-4, atol=1e-4)
+
+
+def test_plain_autodiff_supports_vmap_of_jvp(small, rng):
+    loss, (*rest, x) = loss_of(small, autodiff="jax")
+    vs = jnp.asarray(rng.normal(size=(3, *x.shape)))
+    gradient = jax.grad(loss, 4)(*rest, x)
+    f = lambda x: loss(*rest, x)  # noqa: E731
+    tangents = jax.vmap(lambda v: jax.jvp(f, (x,), (v,))[1])(vs)
+    expected = [jnp.vdot(gradient, v) for v in vs]
+    np.testing.assert_allclose(tangents, expected, rtol=1e-9)
 
 
 def test_closed_form_rejects_forward_mode(small):
@@ -253,7 +303,54 @@ def test_second_call_does_not_retrace(rng):
     assert state.count == 3
 
 
-@pytest.mark.usefixtures("unchecked_types")  # np.bool_ is no bool
+@pytest.mark.parametrize("autodiff", ["custom_vjp", "jax"])
+def test_traced_momentum_and_epsilon_match_oracle_in_one_program(autodiff, rng):
+    case = rounded(random_case(rng, (8, 3)), "float32")
+    traces = 0
+
+    @jax.jit
+    def step(momentum, epsilon):
+        nonlocal traces
+        traces += 1
+        options = {"momentum": momentum, "epsilon": epsilon, "autodiff": autodiff}
+        return run(case, transform=lambda f: f, **options)
+
+    for momentum, epsilon in [(0.9, 1e-5), (0.0, 0.1), (1.0, 3.0)]:
+        options = {"momentum": momentum, "epsilon": epsilon}
+        assert_close(
+            step(**options), train_step(case, momentum=momentum, epsilon=epsilon), 2e-5
+        )
+    assert traces == 1
+
+
+@pytest.mark.parametrize("train", [True, False])
+@pytest.mark.parametrize("autodiff", ["custom_vjp", "jax"])
+def test_gradients_of_momentum_and_epsilon_match_finite_differences(
+    autodiff, train, small
+):
+    def loss(momentum, epsilon):
+        scale, bias, mean, var = map(jnp.asarray, small[1:5])
+        params = jaxbn.BatchNormParams(scale, bias)
+        state = jaxbn.BatchNormState(mean, var, jnp.float32(3))
+        options = {"momentum": momentum, "epsilon": epsilon, "autodiff": autodiff}
+        y, new = jaxbn.batch_norm(params, state, small.x, train, **options)
+        return jnp.sum(small.dy * jnp.sin(y)) + jnp.sum(new.mean) + jnp.sum(new.var)
+
+    check_grads(loss, (0.8, 0.3), order=2, modes=("rev",), rtol=1e-6, atol=1e-6)
+
+
+def test_eager_calls_of_a_schedule_share_one_compilation(rng):
+    jitted: Any = module._batch_norm
+    x = jnp.asarray(rng.normal(size=(6, 3)), jnp.float32)
+    params, state = jaxbn.init(3)
+    jitted.clear_cache()
+    for momentum in (0.6, 0, jnp.float32(0.8), np.float64(0.9)):
+        options = {"momentum": momentum, "epsilon": 0.2 * momentum}
+        jaxbn.batch_norm(params, state, x, True, **options)
+    assert jitted._cache_size() == 1
+
+
+@pytest.mark.usefixtures("unchecked_types")
 def test_eager_calls_share_one_compilation(rng):
     """Equal options of another type (list, NumPy scalar) reuse the program."""
     jitted: Any = module._batch_norm

@@ -4,10 +4,12 @@ Tests of one of the two are in `test_linen.py` and `test_nnx.py`.
 """
 
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from flax import linen as nn
 from flax import nnx
@@ -159,13 +161,13 @@ def test_unbiased_keeps_statistics_after_one_element(create, x):
 def test_momentum_none_averages_all_batches(create_new, rng):
     xs = rng.normal(size=(5, 8, C)).astype(np.float32)
     layer = create_new(momentum=None)
-    assert_same(layer.stats["count"], jnp.int32(0), 0)
+    assert_same(layer.stats["count"], jnp.float32(0), 0)
     for x in xs:
         layer(x)
     exact = xs.astype(np.float64)
     np.testing.assert_allclose(layer.stats["mean"], exact.mean((0, 1)), atol=1e-6)
     np.testing.assert_allclose(layer.stats["var"], exact.var(1).mean(0), rtol=1e-5)
-    assert_same(layer.stats["count"], jnp.int32(5), 0)
+    assert_same(layer.stats["count"], jnp.float32(5), 0)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "int32"])
@@ -208,3 +210,88 @@ def test_unknown_autodiff_is_rejected(create, x):
 def test_momentum_above_1_is_rejected(create, x):
     with pytest.raises(ValueError, match=r"momentum must lie in \[0, 1\]"):
         create(momentum=1.5)(x)
+
+
+# Weights, schedules and averages, as in the function.
+
+
+@pytest.mark.parametrize("scale", [1e-6, 0.1, 1e6])
+def test_scale_of_a_floating_mask_does_not_matter(create, scale, x):
+    mask = jnp.asarray(np.linspace(0.5, 2, 8)[:, None], jnp.float32)
+    layer, scaled = (create(momentum=0.9, unbiased=True) for _ in range(2))
+    assert_same(scaled(x, mask=scale * mask), layer(x, mask=mask), 1e-5)
+    assert_same(scaled.stats, layer.stats, 1e-5)
+
+
+def test_softmax_weights_update_by_their_effective_number(create, x):
+    layer = create(momentum=0.0, unbiased=True)
+    w = np.exp(np.linspace(-1, 1, 8))[:, None]
+    w /= w.sum()
+    layer(x, mask=jnp.asarray(w, jnp.float32))
+    x64 = np.asarray(x, np.float64)
+    mean, n = (w * x64).sum(0), 1 / (w**2).sum()
+    var = n / (n - 1) * (w * (x64 - mean) ** 2).sum(0)
+    np.testing.assert_allclose(layer.stats["mean"], mean, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(layer.stats["var"], var, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("library", ["jaxbn", "flax"])
+def test_momentum_and_epsilon_may_be_schedules(library, x):
+    """A step of the schedule is traced; all steps share one program."""
+    traces = 0
+
+    @jax.jit
+    def step(variables, momentum, epsilon):
+        nonlocal traces
+        traces += 1
+        norm = jaxbn.linen.BatchNorm if library == "jaxbn" else nn.BatchNorm
+        layer = norm(False, momentum=momentum, epsilon=epsilon)
+        return layer.apply(variables, x, mutable=["batch_stats"])
+
+    variables = nn.BatchNorm(False).init(jax.random.key(0), x)
+    x64 = np.asarray(x, np.float64)
+    with jaxbn.linen.replace_batch_norm():
+        for momentum, epsilon in ((0.9, 1e-5), (0.5, 0.1)):
+            y, updates = step(variables, momentum, epsilon)
+            expected = (x64 - x64.mean(0)) / np.sqrt(x64.var(0) + epsilon)
+            np.testing.assert_allclose(y, expected, rtol=1e-4, atol=1e-5)
+            mean = (1 - momentum) * x64.mean(0)
+            np.testing.assert_allclose(
+                updates["batch_stats"]["mean"], mean, rtol=1e-4, atol=1e-5
+            )
+    assert traces == 1
+
+
+def test_nnx_momentum_may_be_a_schedule(x):
+    layer = jaxbn.nnx.BatchNorm(C, rngs=nnx.Rngs(0))
+
+    @nnx.jit
+    def step(layer, momentum):
+        layer.momentum, old = momentum, layer.momentum
+        layer(x)
+        layer.momentum = old
+
+    for momentum in (0.9, 0.5):
+        step(layer, momentum)
+    mean = np.asarray(x, np.float64).mean(0)
+    np.testing.assert_allclose(layer.mean[...], 0.55 * mean, rtol=1e-5)
+
+
+def test_average_of_variables_keeps_dtypes(create_new, x):
+    layer = create_new(momentum=None)
+    layer(x)
+    first = layer.stats
+    layer(2 * x)
+    average: Any = optax.incremental_update(layer.stats, first, 0.5)
+    assert jax.tree.map(lambda a: a.dtype, average) == jax.tree.map(
+        lambda a: a.dtype, first
+    )
+    assert_same(average["count"], jnp.float32(1.5), 0)
+
+
+def test_momentum_0_replaces_nan(create, x):
+    layer = create(momentum=0.0)
+    layer.variables = jax.tree.map(lambda a: a * jnp.nan, layer.variables)
+    layer(x)
+    mean = np.asarray(x, np.float64).mean(0)
+    np.testing.assert_allclose(layer.stats["mean"], mean, rtol=1e-5)
