@@ -9,19 +9,23 @@ one worker per host, with the same --output on a shared file system:
     python examples/train_multiprocess.py --processes 2 --process-id 1 \
         --coordinator HOST0:1234 --output SHARED   # on the other
 
-After a failure, the same commands continue from the last checkpoint.
+After a failure, the same commands continue from the last checkpoint. The name of each
+host must resolve to an address that the others reach, not to 127.0.1.1.
 """
 
 import argparse
 import contextlib
 import hashlib
 import io
+import ipaddress
 import os
 import signal
 import socket
 import sys
+import threading
 import traceback
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from textwrap import shorten
 from typing import cast
@@ -44,6 +48,9 @@ from rich.console import Console
 from rich.progress import track
 
 import jaxbn.linen
+
+HEARTBEAT_TIMEOUT = 40  # seconds; a worker that loses another ends after 20 to 40
+EXPECTED = "expected if another worker died or its host cannot be reached"
 
 
 class Network(nn.Module):
@@ -170,16 +177,35 @@ def train(
     for step in track(range(start + 1, args.steps + 1), disable=silent):
         batch = batch_at(shard, step - 1, steps_per_epoch, args.batch, args.seed)
         batch = [jax.make_array_from_process_local_data(by_rows, a) for a in batch]
-        state, cost = step_together(state, *batch)
-        cost = float(cost)  # waits, so that at most one step is in progress
+        with announced(args.process_id, step):
+            state, cost = step_together(state, *batch)
+            cost = float(cost)  # waits, so that at most one step is in progress
         if first and silent and step % args.checkpoint_every == 0:
             print(f"Step {step}: loss {cost:.4f}", flush=True)
         if step % args.checkpoint_every == 0 or step == args.steps:
-            save(manager, state)
+            with announced(args.process_id, step):
+                save(manager, state)
         if step == args.kill_after:
             print(f"Worker {args.process_id} kills itself at step {step}.", flush=True)
             os.kill(os.getpid(), signal.SIGKILL)
     return state
+
+
+@contextlib.contextmanager
+def announced(process_id: int, step: int, seconds: float = 10.0) -> Iterator[None]:
+    """Announce the end of this worker if the block takes long.
+
+    When heartbeats stop, JAX prints a stack trace and aborts; Python cannot catch it.
+    """
+    note = f"Worker {process_id} has waited {seconds:g} s at step {step}; "
+    note += f"a stack trace within {HEARTBEAT_TIMEOUT} s is {EXPECTED}."
+    timer = threading.Timer(seconds, print, [note], {"file": sys.stderr, "flush": True})
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 def describe_start(start: int, steps: int) -> str:
@@ -207,7 +233,12 @@ def work(args: argparse.Namespace) -> None:
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     jax.config.update("jax_enable_preemption_service", False)  # it ignores SIGTERM
-    jax.distributed.initialize(args.coordinator, args.processes, args.process_id)
+    jax.distributed.initialize(
+        args.coordinator,
+        args.processes,
+        args.process_id,
+        heartbeat_timeout_seconds=HEARTBEAT_TIMEOUT,
+    )
     held_out, *shards = split(args.seed, args.examples, args.processes)
     test, shard = load_digits([held_out, shards[args.process_id]])
     steps_per_epoch = -(-max(map(len, shards)) // args.batch)  # of the largest shard
@@ -221,6 +252,32 @@ def work(args: argparse.Namespace) -> None:
         state = train(args, manager, shard, steps_per_epoch)
     if args.process_id == 0:
         report(state, test, args.output / "train_multiprocess.npz")
+
+
+def announced_address() -> str | None:
+    """Return the address that Gloo announces: the first of this host's name."""
+    try:
+        found = socket.getaddrinfo(socket.gethostname(), None, type=socket.SOCK_STREAM)
+    except socket.gaierror:
+        return None
+    return str(found[0][4][0])
+
+
+def find_unreachable(coordinator: str) -> str | None:
+    """Return why workers on other hosts cannot reach this one, or None if they can."""
+    host = coordinator.rpartition(":")[0].strip("[]")
+    if host in ("localhost", "::1") or host.startswith("127."):
+        return None  # all workers run on this host
+    name, address = socket.gethostname(), announced_address()
+    if address and not ipaddress.ip_address(address).is_loopback:
+        return None
+    return (
+        "the name of each host must resolve to an address that the other hosts reach, "
+        f"because Gloo announces it to them; the name {name!r} of this host resolves "
+        f"to {address or 'no address'}. Give {name!r} in /etc/hosts the address of its "
+        "network interface (Debian gives it 127.0.1.1); or, if all workers run on this "
+        "host, pass --coordinator localhost:PORT."
+    )
 
 
 def commands(args: argparse.Namespace, attempt: int) -> list[list[str]]:
@@ -260,6 +317,8 @@ def parse() -> argparse.Namespace:
     args = parser.parse_args()
     if (args.process_id is None) != (args.coordinator is None):
         parser.error("--process-id and --coordinator go together")
+    if args.coordinator and (reason := find_unreachable(args.coordinator)):
+        parser.error(reason)
     if args.quick:
         kill_after = 30 if args.process_id is None else 0
         parser.set_defaults(steps=60, checkpoint_every=20, kill_after=kill_after)
@@ -269,9 +328,10 @@ def parse() -> argparse.Namespace:
 def main() -> None:
     """Run the worker of --process-id, or launch all workers."""
     args = parse()
+    name = "Launcher" if args.process_id is None else f"Worker {args.process_id}"
+    if args.kill_after > args.steps and not args.launcher:  # it says so
+        print(f"{name}: no worker is killed: --steps ends at {args.steps}.", flush=True)
     if args.process_id is None:
-        if args.kill_after > args.steps:
-            print(f"Launcher: no worker is killed: --steps ends at {args.steps}.")
         launch(lambda attempt: commands(args, attempt), args.restarts)
         return
     if args.launcher:
@@ -280,8 +340,8 @@ def main() -> None:
     try:
         work(args)
     except BaseException:
-        note = "this traceback is expected if another worker died:"
-        print(f"Worker {args.process_id} stops; {note}", file=sys.stderr)
+        note = f"{name} stops; this traceback is {EXPECTED}:"
+        print(note, file=sys.stderr, flush=True)
         traceback.print_exc()
         os._exit(1)  # an orderly exit would wait for workers that wait for this one
 

@@ -1,15 +1,19 @@
 """Compare runs of the multi-process example with faults to a run without faults.
 
-Every run uses real processes, started by the launcher of the example.
+Every run uses real processes, started by the launcher of the example or as on hosts.
 """
 
+import contextlib
 import importlib
 import os
+import re
+import shutil
 import signal
 import socket
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -229,6 +233,200 @@ def test_epoch_contains_each_row_once(example):
         orders.append(np.concatenate([a[valid == 1] for a, _, valid in parts]))
         np.testing.assert_array_equal(np.sort(orders[-1]), rows)
     assert (orders[0] != orders[1]).any()
+
+
+def test_finished_run_says_so_when_given_again(undisturbed, undisturbed_output):
+    done = run(undisturbed_output, f"--kill-after={STEPS + 1}")
+    assert done.returncode == 0, done.stderr
+    finished = f"Finished already: the checkpoint is at step {STEPS}, nothing to train."
+    assert finished in done.stdout
+    kills_nobody = f"Launcher: no worker is killed: --steps ends at {STEPS}."
+    assert kills_nobody in done.stdout
+    assert done.stdout.count("no worker is killed") == 1
+    assert_identical(final(undisturbed_output), undisturbed)
+
+
+def call_main(example, monkeypatch, tmp_path, *flags) -> None:
+    """Run `main` of one worker in this process."""
+    worker = ["--process-id=1", "--coordinator=localhost:1", f"--output={tmp_path}"]
+    monkeypatch.setattr(sys, "argv", [str(SCRIPT), *worker, *flags])
+    example.main()
+
+
+def test_worker_says_that_it_kills_nobody(example, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(example, "work", lambda args: None)
+    call_main(example, monkeypatch, tmp_path, "--steps=5", "--kill-after=5")
+    assert not capsys.readouterr().out
+    call_main(example, monkeypatch, tmp_path, "--steps=5", "--kill-after=6")
+    out = capsys.readouterr().out
+    assert out == "Worker 1: no worker is killed: --steps ends at 5.\n"
+
+
+def test_traceback_of_a_survivor_is_announced(example, monkeypatch, tmp_path, capsys):
+    def lose_the_other(args):
+        raise RuntimeError("Connection reset by peer")
+
+    monkeypatch.setattr(example, "work", lose_the_other)
+    monkeypatch.setattr(os, "_exit", sys.exit)
+    with pytest.raises(SystemExit, match=r"^1$"):
+        call_main(example, monkeypatch, tmp_path)
+    note = "Worker 1 stops; this traceback is expected if another worker died or its "
+    note += "host cannot be reached:\nTraceback"
+    assert capsys.readouterr().err.startswith(note)
+
+
+def test_long_wait_announces_the_abort_of_a_survivor(example, capsys):
+    with example.announced(1, 7):
+        pass
+    with example.announced(1, 7, seconds=0.01):
+        time.sleep(1)
+    note = "Worker 1 has waited 0.01 s at step 7; a stack trace within 40 s is "
+    note += "expected if another worker died or its host cannot be reached.\n"
+    assert capsys.readouterr().err == note
+
+
+@pytest.mark.parametrize(
+    ("coordinator", "address", "refused"),
+    [
+        (
+            "host0:1234",
+            "127.0.1.1",
+            "resolves to 127.0.1.1. Give 'host1' in /etc/",
+        ),
+        ("host0:1234", "::1", "resolves to ::1. Give 'host1'"),
+        ("10.0.0.1:1234", None, "resolves to no address. Give 'host1'"),
+        ("host0:1234", "10.0.0.2", None),
+        ("host0:1234", "fe80::1%eth0", None),
+        ("localhost:1234", "127.0.1.1", None),
+        ("127.0.0.1:1234", "127.0.1.1", None),
+        ("[::1]:1234", "127.0.1.1", None),
+    ],
+)
+def test_loopback_address_is_refused_on_several_hosts(
+    coordinator, address, refused, example, monkeypatch, capsys
+):
+    def resolve(name, port, type):
+        if address is None:
+            raise socket.gaierror(-2, "Name or service not known")
+        return [(socket.AF_INET, type, 6, "", (address, 0))]
+
+    monkeypatch.setattr(socket, "gethostname", lambda: "host1")
+    monkeypatch.setattr(socket, "getaddrinfo", resolve)
+    argv = [str(SCRIPT), "--process-id=1", f"--coordinator={coordinator}"]
+    monkeypatch.setattr(sys, "argv", argv)
+    if refused is None:
+        assert example.parse().coordinator == coordinator
+        return
+    with pytest.raises(SystemExit, match=r"^2$"):
+        example.parse()
+    error = capsys.readouterr().err
+    assert "the name of each host must resolve to an address that the other" in error
+    assert refused in error
+    assert "pass --coordinator localhost:PORT" in error
+
+
+# Each host is a network namespace with an address, a name and a hosts file of its own.
+HOSTS = {"host0": "10.99.0.1", "host1": "10.99.0.2"}
+ENTER = "import os, socket, sys; socket.sethostname(sys.argv[1]);"
+ENTER += "os.execv(sys.argv[2], sys.argv[2:])"
+
+
+def ip(*words) -> str:
+    done = subprocess.run(["ip", *words], capture_output=True, text=True)
+    if done.returncode:
+        raise OSError(f"ip {' '.join(words)}: {done.stderr.strip()}")
+    return done.stdout
+
+
+@contextlib.contextmanager
+def namespace(name) -> Iterator[None]:
+    """Create a network namespace; at the end remove it and all processes in it."""
+    ip("netns", "add", name)
+    folder = Path("/etc/netns", name)
+    try:
+        folder.mkdir(parents=True)
+        lines = ["127.0.0.1 localhost", *(f"{a} {host}" for host, a in HOSTS.items())]
+        (folder / "hosts").write_text("\n".join(lines) + "\n")  # its /etc/hosts
+        yield
+    finally:
+        for pid in ip("netns", "pids", name).split():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(int(pid), signal.SIGKILL)
+        ip("netns", "del", name)
+        shutil.rmtree(folder, ignore_errors=True)
+        with contextlib.suppress(OSError):  # others may be in use
+            folder.parent.rmdir()
+
+
+def connect(names) -> None:
+    ends = [["netns", names[0], "type", "veth"], ["netns", names[1]]]
+    ip("link", "add", "eth0", *ends[0], "peer", "name", "eth0", *ends[1])
+    for name, address in zip(names, HOSTS.values(), strict=True):
+        ip("-n", name, "address", "add", f"{address}/24", "dev", "eth0")
+        for device in ("lo", "eth0"):
+            ip("-n", name, "link", "set", device, "up")
+
+
+@pytest.fixture
+def namespaces() -> Iterator[list[str]]:
+    """Return the names of two connected namespaces, if this machine permits them."""
+    needs = "two hosts need Linux, root, iproute2 and permission for namespaces"
+    if sys.platform != "linux" or os.geteuid() != 0:
+        pytest.skip(needs)
+    names = [f"jaxbn{os.getpid()}-{host}" for host in HOSTS]
+    with contextlib.ExitStack() as stack:
+        try:
+            for name in names:
+                stack.enter_context(namespace(name))
+            connect(names)
+        except OSError as error:  # also FileNotFoundError, where there is no ip
+            pytest.skip(f"{needs}: {error}")
+        yield names
+
+
+def start_on_hosts(namespaces, output, *flags) -> list[subprocess.Popen]:
+    """Start one worker on each host, by the commands of the README."""
+    workers = []
+    for i, (name, host) in enumerate(zip(namespaces, HOSTS, strict=True)):
+        enter = ["ip", "netns", "exec", name, "unshare", "--uts"]
+        enter += [sys.executable, "-c", ENTER, host]
+        worker = (f"--process-id={i}", "--coordinator=host0:1234")
+        start = [*enter, *command(output, *worker, *flags)]
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+        workers.append(subprocess.Popen(start, **pipes, **options(output)))
+    return workers
+
+
+def wait_for(workers, timeout) -> tuple[list[int], list[str], list[str]]:
+    """Return the exit codes, outputs and errors; all end before the timeout."""
+    deadline = time.monotonic() + timeout
+    texts = [w.communicate(timeout=deadline - time.monotonic()) for w in workers]
+    outputs, errors = map(list, zip(*texts, strict=True))
+    return [worker.returncode for worker in workers], outputs, errors
+
+
+def test_cut_link_does_not_change_the_result(namespaces, tmp_path):
+    """Two hosts lose their link; both workers end, and the same commands resume."""
+    flags = ("--steps=300", "--checkpoint-every=100")
+    output, undisturbed = tmp_path / "hosts", tmp_path / "undisturbed"
+    workers = start_on_hosts(namespaces, output, *flags)
+    reached = (output / RUN / "100").exists
+    wait_until(lambda: reached() or any(w.poll() for w in workers), timeout=200)
+    assert reached(), wait_for(workers, timeout=80)
+    ip("-n", namespaces[1], "link", "set", "eth0", "down")
+    # Heartbeats stop for at most 40 s; meanwhile the other run costs no time.
+    assert run(undisturbed, *flags).returncode == 0
+    codes, _, errors = wait_for(workers, timeout=80)
+    assert 0 not in codes
+    for error in errors:
+        assert re.search(r"(?s)expected if another worker died.*(trace|Trace)", error)
+
+    ip("-n", namespaces[1], "link", "set", "eth0", "up")
+    workers = start_on_hosts(namespaces, output, *flags)
+    codes, outputs, errors = wait_for(workers, timeout=200)
+    assert codes == [0, 0], errors
+    assert "Resuming from step 100." in outputs[0]
+    assert_identical(final(output), final(undisturbed))
 
 
 WORKER = """
