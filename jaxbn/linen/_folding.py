@@ -128,7 +128,8 @@ def skip_folded() -> Iterator[None]:
     thread while it is entered. A `BatchNorm` without variables returns its input, and a
     layer with `use_bias=False` adds the bias that it finds. All other layers, and
     `init`, are unchanged; an nnx module in a `flax.nnx.bridge.ToLinen` that lacks the
-    variables of a batch norm raises a `TypeError`. With `replace_batch_norm`, enter `replace_batch_norm` last.
+    variables of a batch norm raises a `TypeError`. With `replace_batch_norm`, enter
+    `replace_batch_norm` last.
 
     Source: `flax.linen.intercept_methods`, Flax's own mechanism for this purpose.
     """
@@ -143,8 +144,8 @@ def _check_not_folded(bridge: nn.Module, module: object) -> None:
     from ..nnx._bridge import all_statistics  # a circular import
 
     norms = batch_norm_paths(bridge.variables.get("batch_stats", {}))
-    for norm in all_statistics(module).keys() - norms:
-        if not bridge.is_initializing():
+    for norm in all_statistics(module):
+        if norm not in norms and not bridge.is_initializing():
             raise TypeError(
                 "skip_folded skips the batch norms of linen, not of an nnx module in a "
                 f"ToLinen; got {type(module).__name__} at the path "

@@ -68,7 +68,7 @@ def subclass(kind: type, parent: type[Kind]) -> type[Kind]:
         return kind
     if issubclass(parent, kind):
         return parent
-    return type(kind.__name__, (kind, parent), {})
+    return cast(type[Kind], type(kind.__name__, (kind, parent), {}))
 
 
 def get(model: PyTree, path: Path) -> object:

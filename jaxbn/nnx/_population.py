@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable
 from functools import partial
-from typing import TypeVar
+from typing import TypeVar, cast
 
 import jax
 from flax import nnx
@@ -101,7 +101,8 @@ def _measure(
     model = nnx.merge(graphdef, state)
     paths = make_measured(model)
     call(model, batch)
-    return {join(path[:-1]): get(model, path).get_value() for path in paths}
+    accumulators = {path: cast(nnx.BatchStat, get(model, path)) for path in paths}
+    return {join(path[:-1]): a.get_value() for path, a in accumulators.items()}
 
 
 def make_measured(model: PyTree) -> list[Path]:
