@@ -257,6 +257,24 @@ def test_replaced_nnx_parts_equal_nnx(lift, x):
     assert_same(new["batch_stats"]["inner"], updates["batch_stats"], 1e-6)
 
 
+def test_nnx_in_linen_in_nnx_equals_linen(x):
+    variables = linen_variables(OuterLinen())
+    model = ToNNX(OuterLinen(), nnx.Rngs(0)).lazy_init(x)
+    jaxbn.nnx.replace_batch_norm(model)
+
+    def step(variables, x):
+        with jaxbn.linen.replace_batch_norm():
+            return OuterLinen().apply(variables, x, mutable=STATS)
+
+    expected = everything(step, variables, x)
+    assert_same(everything(pure_step(model), variables, x), expected, 1e-6)
+    for collection in variables.values():
+        nnx.update(model, collection)
+    jaxbn.nnx.population(model, [x, 2 * x])
+    want = jaxbn.linen.population(OuterLinen(), variables, [x, 2 * x])
+    assert_same(variables_of(model)["batch_stats"], want["batch_stats"], 1e-6)
+
+
 def test_autodiff_reaches_nnx_model(x):
     model = to_linen(NNXModel)
     variables = linen_variables(model)
