@@ -182,7 +182,7 @@ def test_population_measures_linen_model(replace, train, x):
 
 
 def test_population_measures_a_linen_layer(x):
-    layer = ToNNX(nn.BatchNorm(use_running_average=True), nnx.Rngs(0)).lazy_init(x)
+    layer: Any = ToNNX(nn.BatchNorm(True), nnx.Rngs(0)).lazy_init(x)
     jaxbn.nnx.population(layer, [x])
     np.testing.assert_allclose(layer.mean[...], x.mean(0), rtol=1e-6)
 
@@ -210,7 +210,7 @@ def test_fold_refuses_linen_layers(pairs, x):
     folded = jaxbn.linen.fold(variables, {"Dense_0": "BatchNorm_0"})
     with jaxbn.linen.skip_folded():
         y = LinenModel().apply(folded, x, train=False)
-    np.testing.assert_allclose(y, expected, atol=5e-3)  # sin of thousands
+    assert_same(y, expected, 5e-3)  # the sine of thousands
 
 
 def test_fold_takes_nnx_layers_beside_a_linen_model():
@@ -345,7 +345,7 @@ def test_skip_folded_refuses_nnx_layers(x):
     pairs = {"dense": "norm"}
     model = Inference(lambda rngs: jaxbn.nnx.fold(NNXModel(rngs), pairs))
     y = model.apply(folded, x)
-    np.testing.assert_allclose(y, expected, atol=5e-3)  # sin of thousands
+    assert_same(y, expected, 5e-3)  # the sine of thousands
 
 
 # Modules of the bridge that make their layers in each call.
