@@ -15,6 +15,9 @@ from .._inference.population import Variance, check_same_features, finalize
 from .folding import check_has_batch_norm
 from .layer import Layer, ascending_axes, flax_mask, index_groups
 
+# The name of a layer's accumulator, beside its `mean` and `var`.
+ACCUMULATOR = "accumulator"
+
 
 def accumulate_call(
     old: Accumulator,

@@ -18,9 +18,10 @@ from .._flax.folding import (
     check_not_empty,
     check_path_exists,
 )
-from .._flax.paths import Path, PathKey
+from .._flax.paths import Path, PathKey, join
 from .._inference.folding import fold as fold_layer
 from ._batch_norm import BatchNorm
+from ._bridge import intercept_bridges
 from ._intercept import NextCall, intercept_calls
 from ._tree import batch_norm_paths, find_path, paths_with
 
@@ -126,12 +127,32 @@ def skip_folded() -> Iterator[None]:
     A context manager, and a decorator; it acts on all code that is traced in this
     thread while it is entered. A `BatchNorm` without variables returns its input, and a
     layer with `use_bias=False` adds the bias that it finds. All other layers, and
-    `init`, are unchanged. With `replace_batch_norm`, enter `replace_batch_norm` last.
+    `init`, are unchanged; an nnx module in a `flax.nnx.bridge.ToLinen` that lacks the
+    variables of a batch norm raises a `TypeError`. With `replace_batch_norm`, enter
+    `replace_batch_norm` last.
 
     Source: `flax.linen.intercept_methods`, Flax's own mechanism for this purpose.
     """
-    with intercept_calls(NORMS, _skip_norm), intercept_calls(LAYERS, _add_bias):
+    norms = intercept_calls(NORMS, _skip_norm)
+    layers = intercept_calls(LAYERS, _add_bias)
+    with norms, layers, intercept_bridges(_check_not_folded):
         yield
+
+
+def _check_not_folded(bridge: nn.Module, module: object) -> None:
+    """Check that the variables have statistics for all batch norms of an nnx module."""
+    from ..nnx._bridge import all_statistics  # a circular import
+
+    norms = batch_norm_paths(bridge.variables.get("batch_stats", {}))
+    for norm in all_statistics(module):
+        if norm not in norms and not bridge.is_initializing():
+            raise TypeError(
+                "skip_folded skips the batch norms of linen, not of an nnx module in a "
+                f"ToLinen; got {type(module).__name__} at the path "
+                f"{join(bridge.path)!r}, without statistics of its {join(norm)!r}. "
+                "Apply the variables to a model whose nnx module is folded: "
+                "nnx.bridge.to_linen(lambda rngs: jaxbn.nnx.fold(Model(rngs), pairs))."
+            )
 
 
 def _skip_norm(

@@ -1,6 +1,7 @@
 """Population statistics of every batch norm layer in a linen model, in one pass."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 
 import jax
@@ -15,10 +16,11 @@ from .._core.variables import BatchNormState
 from .._flax.folding import check_has_batch_norm
 from .._flax.layer import as_inexact, mapped_names
 from .._flax.paths import Path, join
-from .._flax.population import accumulate_call, new_statistics
+from .._flax.population import ACCUMULATOR, accumulate_call, new_statistics
 from .._inference.accumulator import Accumulator
 from .._inference.population import Variance, accumulate, check_variance
 from ._batch_norm import BatchNorm, _apply_layer
+from ._bridge import intercept_bridges
 from ._intercept import NextCall, intercept_calls
 from ._tree import Variables, batch_norm_paths, paths_with
 
@@ -42,7 +44,8 @@ def population(
     **Arguments**
 
     - `model`, `variables`: as for `model.apply`. Layers are Flax's, jaxbn's, and
-      layers of classes that inherit from either.
+      layers of classes that inherit from either, nnx's in a `flax.nnx.bridge.ToLinen`
+      included.
     - `batches`: an iterable of batches, each an array or a pytree of arrays. Sharded
       batches give the statistics of the whole batch.
     - `variance`, `max_batches`, `progress`: as in `jaxbn.population`.
@@ -114,19 +117,31 @@ def _measure(
     stats = variables["batch_stats"]
     flat: dict[Path, PyTree] = flatten_dict(unfreeze(stats))
     for path in batch_norm_paths(stats):
-        flat[*path, _ACCUMULATOR] = Accumulator.empty(flat[*path, "mean"])
+        flat[*path, ACCUMULATOR] = Accumulator.empty(flat[*path, "mean"])
     start = {**variables, "batch_stats": unflatten_dict(flat)}
-    kinds = (nn.BatchNorm, BatchNorm)
-    with measuring(True), intercept_calls(kinds, _accumulate_and_apply):
+    with accumulating():
         _, updates = apply(start, batch, method=call, mutable=["batch_stats"])
     flat = flatten_dict(unfreeze(updates["batch_stats"]))
-    paths = paths_with(updates["batch_stats"], _ACCUMULATOR)
-    return {join(path): flat[*path, _ACCUMULATOR] for path in paths}
+    paths = paths_with(updates["batch_stats"], ACCUMULATOR)
+    return {join(path): flat[*path, ACCUMULATOR] for path in paths}
 
 
-_ACCUMULATOR = "accumulator"
 # Part of the key of every jit cache: functions compiled outside are not reused inside.
 measuring = jax.make_user_context(False)
+
+
+@contextmanager
+def accumulating() -> Iterator[None]:
+    """Accumulate the input of all layers whose variables hold an accumulator."""
+    calls = intercept_calls((nn.BatchNorm, BatchNorm), _accumulate_and_apply)
+    with measuring(True), calls, intercept_bridges(_measure_module):
+        yield
+
+
+def _measure_module(_: nn.Module, module: object) -> None:
+    from ..nnx._population import make_measured  # a circular import
+
+    make_measured(module)
 
 
 def _accumulate_and_apply(
@@ -140,7 +155,7 @@ def _accumulate_and_apply(
     """Accumulate the input, and normalize it by its own statistics."""
     del next_call, use_running_average
     axis_name = mapped_names(layer.axis_name)
-    old = layer.get_variable("batch_stats", _ACCUMULATOR)
+    old = layer.get_variable("batch_stats", ACCUMULATOR)
     new = accumulate_call(old, layer, as_inexact(x), mask, axis_name)
-    layer.put_variable("batch_stats", _ACCUMULATOR, new)
+    layer.put_variable("batch_stats", ACCUMULATOR, new)
     return _apply_layer(layer, x, train=True, mask=mask, axis_name=axis_name)

@@ -12,6 +12,7 @@ from jaxtyping import PyTree
 
 from .._core.options import Autodiff, check_autodiff
 from ._batch_norm import apply_layer
+from ._bridge import intercept_bridges
 from ._intercept import NextCall, intercept_calls
 from ._population import measuring
 
@@ -23,7 +24,8 @@ def replace_batch_norm(
 
     A context manager, and a decorator. It acts on all code that is traced in this
     thread while it is entered; compiled functions are traced anew inside it, and again
-    outside. Layers that inherit `__call__` from Flax's, or call it, are included.
+    outside. Layers that inherit `__call__` from Flax's, or call it, are included, and
+    so are layers of `flax.nnx.BatchNorm` in a `flax.nnx.bridge.ToLinen`.
     Parameters, statistics and gradients keep their places; the other differences are
     listed at `BatchNorm`, and so is `autodiff`.
 
@@ -52,8 +54,16 @@ def replace_batch_norm(
 @contextmanager
 def _replace(autodiff: Autodiff) -> Iterator[None]:
     replacement = partial(_apply_unless_measuring, autodiff)
-    with _replaced(autodiff), intercept_calls([nn.BatchNorm], replacement):
+    calls = intercept_calls([nn.BatchNorm], replacement)
+    bridges = intercept_bridges(partial(_replace_in_module, autodiff))
+    with _replaced(autodiff), calls, bridges:
         yield
+
+
+def _replace_in_module(autodiff: Autodiff, _: nn.Module, module: object) -> None:
+    from ..nnx import replace_batch_norm  # a circular import
+
+    replace_batch_norm(module, autodiff=autodiff)
 
 
 def _apply_unless_measuring(

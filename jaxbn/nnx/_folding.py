@@ -1,6 +1,6 @@
 """Folding for nnx: a copy of the model without the batch norms that were folded."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from itertools import pairwise
 from typing import TypeVar
 
@@ -17,9 +17,10 @@ from .._flax.folding import (
     check_not_empty,
     uses_call_of,
 )
-from .._flax.paths import Path, PathKey, split
+from .._flax.paths import Path, PathKey, join, split
 from .._inference.folding import fold as fold_layer
 from ._batch_norm import BatchNorm
+from ._bridge import bridges
 from ._graph import get, iterate, put
 
 Model = TypeVar("Model")
@@ -53,7 +54,7 @@ def fold(model: Model, pairs: Mapping[PathKey, str | Path] | None = None) -> Mod
     **Raises** `ValueError` if there is nothing to fold, for a path that does not exist,
     for a batch norm whose `axis` is not -1, and as `jaxbn.fold` does; `TypeError` if
     `pairs` names other kinds of modules, among them subclasses with their own
-    `__call__`.
+    `__call__` and the layers of a linen model in a `flax.nnx.bridge.ToNNX`.
 
     >>> import jax, jax.numpy as jnp, jaxbn.nnx
     >>> from flax import nnx
@@ -73,6 +74,7 @@ def fold(model: Model, pairs: Mapping[PathKey, str | Path] | None = None) -> Mod
         paths = [*_pairs_in_sequentials(model)]
     else:
         paths = [(split(layer), split(norm)) for layer, norm in pairs.items()]
+    check_not_bridged(model, paths)
     check_not_empty(paths)
     for layer, norm in paths:
         with add_layer_note(layer, norm):
@@ -80,6 +82,22 @@ def fold(model: Model, pairs: Mapping[PathKey, str | Path] | None = None) -> Mod
     for _, norm in paths:
         put(model, norm, FoldedBatchNorm())
     return model
+
+
+def check_not_bridged(model: object, paths: Collection[tuple[Path, Path]]) -> None:
+    """Check that the layers to fold are not linen's, in a `ToNNX`."""
+    to_fold = [f"{join(path)}/" for pair in paths for path in pair]
+    for bridge in map(join, bridges(model)):
+        inside = [p for p in to_fold if not bridge or p.startswith(f"{bridge}/")]
+        if inside or not paths:
+            raise TypeError(
+                "fold takes layers of nnx, not those of a linen model in a ToNNX; got "
+                f"the ToNNX at the path {bridge!r}. Call jaxbn.linen.fold(variables, "
+                "pairs), variables = {'params': nnx.to_pure_dict(nnx.state(bridge, "
+                "nnx.Param)), 'batch_stats': nnx.to_pure_dict(nnx.state(bridge, "
+                "nnx.BatchStat))}, and apply the linen model to the result within "
+                "jaxbn.linen.skip_folded()."
+            )
 
 
 class FoldedBatchNorm(nnx.Module):

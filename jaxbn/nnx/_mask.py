@@ -4,7 +4,7 @@ from flax import nnx
 from jaxtyping import PyTree
 
 from .._flax.folding import check_has_batch_norm
-from ._graph import batch_norms
+from ._bridge import all_statistics
 
 
 def batch_norm_mask(model: PyTree) -> PyTree:
@@ -35,7 +35,7 @@ def batch_norm_mask(model: PyTree) -> PyTree:
     >>> frozen = optax.chain(optax.adam(1e-3), optax.transforms.freeze(mask))
     >>> optimizer = nnx.Optimizer(model, frozen, wrt=nnx.Param)
     """
-    norms = batch_norms(model)
+    norms = all_statistics(model)
     check_has_batch_norm(norms, "the model must have a batch norm; found")
     flat = nnx.to_flat_state(nnx.state(model, nnx.Param))
     return nnx.from_flat_state(

@@ -1,8 +1,8 @@
 """Population statistics of every batch norm layer in an nnx model, in one pass."""
 
 from collections.abc import Callable, Iterable
-from functools import cache, partial
-from typing import TypeVar
+from functools import partial
+from typing import TypeVar, cast
 
 import jax
 from flax import nnx
@@ -12,12 +12,13 @@ from jaxtyping import PyTree
 
 from .._flax.folding import check_has_batch_norm
 from .._flax.layer import as_inexact, mapped_names
-from .._flax.paths import join
-from .._flax.population import accumulate_call, new_statistics
+from .._flax.paths import Path, join
+from .._flax.population import ACCUMULATOR, accumulate_call, new_statistics
 from .._inference.accumulator import Accumulator
 from .._inference.population import Variance, accumulate, check_variance
 from ._batch_norm import BatchNorm
-from ._graph import batch_norms, replace_class, statistics
+from ._bridge import MeasuredToNNX, all_statistics, bridges
+from ._graph import batch_norms, get, put, replace_class, subclass
 
 Model = TypeVar("Model")
 
@@ -45,7 +46,8 @@ def population(
     **Arguments**
 
     - `model`: a module, or lists, dicts and other pytrees of modules. Layers are
-      Flax's, jaxbn's, and layers of classes that inherit from either.
+      Flax's, jaxbn's, and layers of classes that inherit from either, linen's in a
+      `flax.nnx.bridge.ToNNX` included.
     - `batches`: an iterable of batches, each an array or a pytree of arrays. Sharded
       batches give the statistics of the whole batch.
     - `variance`, `max_batches`, `progress`: as in `jaxbn.population`.
@@ -74,9 +76,8 @@ def population(
     (Array([5.6], dtype=float32), Array([3.2], dtype=float32))
     """
     check_variance(variance)
-    norms = batch_norms(model)
-    check_has_batch_norm(norms, "population needs a model with a batch norm layer; got")
-    stats = {join(path): statistics(layer) for path, layer in norms.items()}
+    stats = {join(path): layer for path, layer in all_statistics(model).items()}
+    check_has_batch_norm(stats, "population needs a model with a batch norm layer; got")
     graphdef, state = nnx.split(model, graph=True)
     measure = partial(_measure, graphdef, call, state)
     totals = accumulate(measure, batches, max_batches, progress)
@@ -98,25 +99,29 @@ def _measure(
 ) -> dict[str, Accumulator]:
     """Accumulate one batch in every layer of a copy of the model."""
     model = nnx.merge(graphdef, state)
-    layers = {
-        join(path): replace_class(layer, _measured(type(layer)))
-        for path, layer in batch_norms(model).items()
-    }
-    for layer in layers.values():
-        empty = Accumulator.empty(layer.mean.get_value())
-        layer.accumulator = _AccumulatorStat(empty)
+    paths = make_measured(model)
     call(model, batch)
-    return {name: layer.accumulator.get_value() for name, layer in layers.items()}
+    accumulators = {path: cast(nnx.BatchStat, get(model, path)) for path in paths}
+    return {join(path[:-1]): a.get_value() for path, a in accumulators.items()}
 
 
-class _AccumulatorStat(nnx.BatchStat):
-    """Hold an accumulator: nnx's transformations treat it like the statistics."""
+def make_measured(model: PyTree) -> list[Path]:
+    """Make all layers accumulate their input; return the accumulators' paths."""
+    for layer in batch_norms(model).values():
+        replace_class(layer, subclass(type(layer), _MeasuredBatchNorm))
+    for bridge in bridges(model).values():
+        replace_class(bridge, subclass(type(bridge), MeasuredToNNX))
+    layers = all_statistics(model)
+    for path, stats in layers.items():
+        empty = Accumulator.empty(stats["mean"].get_value())
+        put(model, (*path, ACCUMULATOR), nnx.BatchStat(empty))
+    return [(*path, ACCUMULATOR) for path in layers]
 
 
 class _MeasuredBatchNorm(BatchNorm):
     """Accumulate the input, and normalize it by its own statistics."""
 
-    accumulator: _AccumulatorStat
+    accumulator: nnx.BatchStat
 
     def __call__(
         self,
@@ -132,15 +137,3 @@ class _MeasuredBatchNorm(BatchNorm):
         new = accumulate_call(old, self, as_inexact(promoted), mask, axis_name)
         self.accumulator.set_value(new)
         return self._apply_layer(x, train=True, mask=mask, axis_name=axis_name)
-
-
-@cache
-def _measured(kind: type) -> type[_MeasuredBatchNorm]:
-    """Return `kind` with its parent's `__call__` replaced by `_MeasuredBatchNorm`'s.
-
-    Python's order of inheritance is `kind`, `_MeasuredBatchNorm`, jaxbn's layer,
-    Flax's layer.
-    """
-    if issubclass(_MeasuredBatchNorm, kind):
-        return _MeasuredBatchNorm
-    return type(kind.__name__, (kind, _MeasuredBatchNorm), {})

@@ -6,7 +6,8 @@ from flax import nnx
 
 from .._core.options import check_autodiff
 from ._batch_norm import BatchNorm
-from ._graph import batch_norms, replace_class
+from ._bridge import ReplacedToNNX, bridges
+from ._graph import batch_norms, replace_class, subclass
 
 Model = TypeVar("Model")
 Kind = TypeVar("Kind", bound=nnx.BatchNorm)
@@ -20,7 +21,8 @@ def replace_batch_norm(
     **Arguments**
 
     - `model`: a module, or lists, dicts and other pytrees of modules. A layer of a
-      class that inherits from Flax's keeps its class.
+      class that inherits from Flax's keeps its class. A linen model in a
+      `flax.nnx.bridge.ToNNX` is called within `jaxbn.linen.replace_batch_norm`.
     - `autodiff`: as in `BatchNorm`.
 
     **Returns** `model`: the same object with the same layers, so that all that share
@@ -28,7 +30,8 @@ def replace_batch_norm(
     earlier copies, `nnx.view` and `nnx.cached_partial` among them, stay Flax's.
     `restore_batch_norm` is the way back.
 
-    **Raises** `ValueError`, and changes nothing, if `autodiff` is neither of the two.
+    **Raises** `ValueError`, and changes nothing, if `autodiff` is neither of the two;
+    `TypeError` for a `flax.nnx.bridge.Module` that makes its layers in each call.
 
     >>> import jaxbn.nnx
     >>> from flax import nnx
@@ -42,6 +45,10 @@ def replace_batch_norm(
         layer = replace_class(layer, BatchNorm)
         if autodiff != BatchNorm.autodiff:
             layer.autodiff = autodiff
+    for bridge in bridges(model).values():
+        if not isinstance(bridge, ReplacedToNNX):
+            bridge = replace_class(bridge, subclass(type(bridge), ReplacedToNNX))
+            bridge.to_nnx__autodiff = autodiff
     return model
 
 
@@ -67,6 +74,10 @@ def restore_batch_norm(model: Model) -> Model:
         for name in {"unbiased", "autodiff"} & vars(layer).keys():
             delattr(layer, name)
         replace_class(layer, nnx.BatchNorm)
+    for bridge in bridges(model).values():
+        if isinstance(bridge, ReplacedToNNX):
+            del bridge.to_nnx__autodiff
+            replace_class(bridge, type(bridge).__bases__[0])
     return model
 
 
