@@ -94,8 +94,8 @@ def batch_norm(
       statistics are those of the whole batch, weighted by n. It is ignored with
       `train=False`, and `jit` with sharded arrays needs none.
     - `axis_index_groups`: lists of axis indices that share statistics, as in
-      `jax.lax.psum`; the groups partition the axis. JAX supports them under `pmap` and
-      under `shard_map` with `check_vma=False`.
+      `jax.lax.psum`; the groups partition the axis. JAX refuses groups of an axis of
+      more than 64 devices under `vmap` and `shard_map(check_vma=True)`.
     - `dtype`: the dtype of y; that of `x` if `None`.
     - `autodiff`: `"custom_vjp"` differentiates by the closed form and saves only `x`
       and per-feature vectors. Use `"jax"`, the same formula in plain JAX, for the

@@ -33,9 +33,12 @@ def _varying_axes(array: Array) -> frozenset[str]:
 def shard_like(array: Array, x: Array) -> Array:
     """Shard `array` as `x` along every axis of equal length, for explicit mesh axes.
 
-    Elsewhere no array's type names a mesh axis, and `array` is returned unchanged.
+    `array` is returned unchanged if the type of `x` has no mesh, as that of an array
+    from before `jax.set_mesh`.
     """
     sharding = jax.typeof(x).sharding
+    if sharding.mesh.empty:
+        return array
     spec = PartitionSpec(
         *(
             name if own == length else None

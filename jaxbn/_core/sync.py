@@ -11,10 +11,11 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
-from jaxtyping import Int
+from jaxtyping import Bool
 
 from .moments import Moments
 from .reductions import abs_square
+from .sharding import shard_like
 from .weights import divide_by_count
 
 AxisName = str | tuple[str, ...]
@@ -81,7 +82,10 @@ def merge(local: Moments, axis_name: AxisName | None, groups: Groups | None) -> 
     """
     if axis_name is None:
         return local
-    gathered = _num_devices(axis_name, groups) <= MAX_GATHERED_DEVICES
+    size = lax.axis_size(axis_name)
+    if groups is not None:
+        check_partition(groups, size)
+    gathered = size <= MAX_GATHERED_DEVICES
     means, variances, ns, *sums = (
         _gather_moments(_as_arrays(local), axis_name, groups)
         if gathered
@@ -105,19 +109,12 @@ def merge(local: Moments, axis_name: AxisName | None, groups: Groups | None) -> 
     return Moments(mean, var, n, weight)
 
 
-def _num_devices(axis_name: AxisName, groups: Groups | None) -> int:
-    """Return the number of devices that share statistics."""
-    if groups is None:
-        return lax.axis_size(axis_name)
-    check_partition(groups, lax.axis_size(axis_name))
-    return max(map(len, groups))
-
-
 def _as_arrays(local: Moments) -> list[Array]:
     """Return mean, variance, n and, where it is not n, Σ w, in one shape."""
     mean, var, *counts = local
     counts = [jnp.asarray(n, var.dtype) for n in counts if n is not None]
-    return [mean, var, *(jnp.broadcast_to(n, mean.shape) for n in counts)]
+    counts = [shard_like(jnp.broadcast_to(n, mean.shape), mean) for n in counts]
+    return [mean, var, *counts]
 
 
 def _gather_moments(
@@ -125,31 +122,32 @@ def _gather_moments(
 ) -> list[Array]:
     """Gather every device's moments along a new leading axis, alike on all devices.
 
-    It is one psum of slots that are zero but for the device's own. An all_gather would
+    Rows of other groups are 0.
+
+    It is one psum of rows that are zero but for the device's own. An all_gather would
     do, but its result counts as varying over the axis where shard_map checks that, and
     the new running statistics could not be returned as replicated.
     """
     dtype = jnp.result_type(*moments)
     own = jnp.stack([m.astype(dtype) for m in moments])
-    slot, slots = _slot(axis_name, groups), _num_devices(axis_name, groups)
-    is_own = jnp.arange(slots).reshape(slots, *(1,) * own.ndim) == slot
-    table = jnp.where(is_own, own[None], 0)
-    table = lax.psum(table, axis_name, axis_index_groups=groups)
+    devices = jnp.arange(lax.axis_size(axis_name)).reshape(-1, *(1,) * own.ndim)
+    table = jnp.where(devices == lax.axis_index(axis_name), own[None], 0)
+    table = lax.psum(table, axis_name)
+    if groups is not None:  # not by groups, which JAX sums only in some mappings
+        table = jnp.where(_same_group(axis_name, groups, table.ndim), table, 0)
     return [
         table[:, i] if jnp.iscomplexobj(m) else jnp.real(table[:, i])
         for i, m in enumerate(moments)
     ]
 
 
-def _slot(axis_name: AxisName, groups: Groups | None) -> Int[Array, ""]:
-    """Return this device's index among the devices that share its statistics."""
-    index = lax.axis_index(axis_name)
-    if groups is None:
-        return index
-    slots = np.zeros(lax.axis_size(axis_name), np.int32)
-    for group in groups:
-        slots[list(group)] = np.arange(len(group))
-    return jnp.asarray(slots)[index]
+def _same_group(axis_name: AxisName, groups: Groups, ndim: int) -> Bool[Array, "..."]:
+    """Mark the devices of this device's group, along the first of `ndim` axes."""
+    group_of = np.zeros(lax.axis_size(axis_name), np.int32)
+    for number, group in enumerate(groups):
+        group_of[list(group)] = number
+    own = jnp.asarray(group_of)[lax.axis_index(axis_name)]
+    return group_of.reshape(-1, *(1,) * (ndim - 1)) == own
 
 
 @contextmanager
@@ -166,11 +164,12 @@ def explain_collectives(
             "out: the statistics are those of the whole batch."
         )
         raise
-    except NotImplementedError as error:  # under vmap after `merge`, in batching
+    except NotImplementedError as error:  # the psum of groups
         if groups is None:
             raise
         raise ValueError(
-            f"axis_index_groups={groups} is refused by JAX here: it works under pmap, "
-            "and under shard_map with check_vma=False. Elsewhere split the mapped axis "
-            "in two and pass axis_name the name of the inner one."
+            f"axis_index_groups={groups} is refused by JAX here: on more than "
+            f"{MAX_GATHERED_DEVICES} devices it works under pmap, and under shard_map "
+            "with check_vma=False. Elsewhere split the mapped axis in two and pass "
+            "axis_name the name of the inner one."
         ) from error

@@ -356,47 +356,77 @@ def test_inference_ignores_axis_name(rng):
 GROUPS = [[0, 2], [1, 3]]
 
 
-def grouped(x, axis_index_groups=GROUPS):
-    params, state = jaxbn.init(C)
-    options = {"axis_name": "data", "axis_index_groups": axis_index_groups}
-    y, new = jaxbn.batch_norm(params, state, x, True, momentum=0.0, **options)
-    return y, new.mean
+def grouped(x, mask, dy, dmean):
+    """Return y, the running mean, and the gradient of a loss on both."""
+
+    def loss(x):
+        options = {"axis_name": "data", "axis_index_groups": GROUPS, "mask": mask}
+        y, new = jaxbn.batch_norm(*jaxbn.init(C), x, True, momentum=0.0, **options)
+        return jnp.vdot(dy, y) + dmean @ new.mean, (y, new.mean)
+
+    dx, (y, mean) = jax.grad(loss, has_aux=True)(x)
+    return y, mean, dx
 
 
-@pytest.mark.parametrize("way", ["shard_map", "pmap"])
-@pytest.mark.filterwarnings("ignore:.*pmap.*:DeprecationWarning")
-def test_axis_index_groups_share_statistics_within_each_group(way, rng):
-    x = jnp.asarray(rng.normal(size=(DEVICES, SHARD, C)), jnp.float32)
+def grouped_by(way):
     if way == "pmap":
-        mapped = jax.pmap(grouped, axis_name="data", devices=jax.devices()[:DEVICES])
-    else:
-        specs: Any = {"in_specs": P("data"), "out_specs": P("data")}
-        specs["check_vma"] = False
-        each = lambda x: jax.tree.map(lambda a: a[None], grouped(x[0]))  # noqa: E731
-        mapped = jax.jit(jax.shard_map(each, mesh=mesh(), **specs))
-    y, mean = mapped(x)
+        return jax.pmap(grouped, axis_name="data", devices=jax.devices()[:DEVICES])
+    if way == "vmap":
+        return jax.vmap(grouped, axis_name="data")
+    each = lambda *a: jax.tree.map(lambda a: a[None], grouped(*(b[0] for b in a)))  # noqa: E731
+    specs: Any = {"in_specs": P("data"), "out_specs": P("data")}
+    mapped = jax.shard_map(each, mesh=mesh(), check_vma=way == "checked", **specs)
+    return jax.jit(mapped)
+
+
+@pytest.mark.parametrize("way", ["checked", "unchecked", "pmap", "vmap"])
+@pytest.mark.parametrize("kind", ["none", "uneven", "weights"])
+@pytest.mark.filterwarnings("ignore:.*pmap.*:DeprecationWarning")
+def test_axis_index_groups_share_statistics_within_each_group(way, kind, rng):
+    shape = (DEVICES, SHARD, C)
+    masks = {
+        "none": np.ones((DEVICES, SHARD, 1)),
+        "uneven": rng.random((DEVICES, SHARD, 1)) < 0.6,
+        "weights": rng.uniform(0.1, 3, (DEVICES, SHARD, 1)).astype(np.float32),
+    }
+    x, dy = (rng.normal(size=shape).astype(np.float32) for _ in range(2))
+    dmean = rng.normal(size=(DEVICES, C)).astype(np.float32)
+    results = grouped_by(way)(*map(jnp.asarray, (x, masks[kind], dy, dmean)))
     for group in GROUPS:
-        together = np.asarray(x, np.float64)[group]
-        mu, sigma2 = together.mean((0, 1)), together.var((0, 1))
-        for device in group:
-            np.testing.assert_allclose(mean[device], mu, rtol=1e-4, atol=1e-6)
-            expected = (np.asarray(x[device]) - mu) / np.sqrt(sigma2 + 1e-5)
-            np.testing.assert_allclose(y[device], expected, rtol=1e-4, atol=1e-5)
-
-
-@pytest.mark.parametrize("way", ["vmap", "shard_map checked"])
-def test_axis_index_groups_unsupported_by_jax_are_rejected(way):
-    x = jnp.ones((DEVICES, SHARD, C))
-    mapped = jax.vmap(grouped, axis_name="data")
-    if way != "vmap":
-        mapped = jax.shard_map(
-            lambda x: grouped(x[0]),
-            mesh=mesh(),
-            in_specs=P("data"),
-            out_specs=P("data"),
+        # The oracle's running mean has one cotangent: the sum over the group's devices.
+        case = random_case(rng, (2 * SHARD, C))
+        case = case._replace(
+            x=x[group].reshape(-1, C),
+            dy=dy[group].reshape(-1, C),
+            dmean=dmean[group].sum(0),
+            dvar=np.zeros(C),
+            scale=np.ones(C),
+            bias=np.zeros(C),
         )
+        mask = masks[kind][group].reshape(-1, 1)
+        expected = train_step(case, mask=mask, momentum=0.0)
+        y, mean, dx = (np.asarray(a)[group] for a in results)
+        assert_near(y.reshape(-1, C), expected.y, 2e-5)
+        for own in mean:
+            assert_near(own, expected.mean, 2e-5)
+        assert_near(dx.reshape(-1, C), expected.dx, 2e-5, size=1.0)
+
+
+def test_nan_stays_in_its_group():
+    x = jnp.ones((DEVICES, SHARD, C)).at[0, 0, 0].set(jnp.nan)
+    options = jnp.ones((DEVICES, SHARD, 1)), jnp.zeros_like(x), jnp.zeros((DEVICES, C))
+    y, *_ = grouped_by("vmap")(x, *options)
+    assert np.all(np.isfinite(y[jnp.array(GROUPS[1])]))
+    assert np.all(np.isnan(y[jnp.array(GROUPS[0])][..., 0]))
+
+
+@pytest.mark.usefixtures("gather_limit_of_3")
+@pytest.mark.parametrize("way", ["vmap", "checked"])
+def test_groups_of_many_devices_are_rejected_where_jax_cannot_sum_them(way):
+    x = jnp.ones((DEVICES, SHARD, C))
+    others = jnp.ones((DEVICES, SHARD, 1)), x, jnp.ones((DEVICES, C))
     with pytest.raises(ValueError, match=r"refused by JAX here.*split the mapped axis"):
-        mapped(x)
+        grouped_by(way)(x, *others)
 
 
 def mapped_step(devices, check_vma, grad, features=16):
