@@ -118,3 +118,14 @@ def test_half_precision_weights_match_oracle(rng):
     mask = jnp.asarray(1e-3 * rng.uniform(0.5, 2, size=(16, 1)), jnp.bfloat16)
     expected = train_step(case, mask=np.asarray(mask, np.float64))
     assert_close(run(case, mask=mask), expected, TOLERANCE["bfloat16"])
+
+
+@pytest.mark.parametrize("n", [5, 50, 200])
+def test_variance_of_weighted_constants_is_not_negative(n, rng):
+    """Rounding leaves a difference of either sign in many of the features."""
+    x = np.repeat(100 * rng.normal(size=(1, 4096)), n, axis=0).astype(np.float32)
+    weights = rng.uniform(0.1, 2, size=(n, 1)).astype(np.float32)
+    options = {"mask": weights, "momentum": 0.0, "unbiased": False}
+    _, new = jaxbn.batch_norm(*jaxbn.init(4096), x, True, **options)
+    assert np.all(np.asarray(new.var) >= 0)
+    assert np.all(np.asarray(new.var) < 1e-9)
