@@ -80,7 +80,8 @@ def _normalize_vjp(
     return _formula(x, mean, factor, bias, dtype)
 
 
-Residuals = tuple[Array, Array, Array, Array, Array]
+# A constant epsilon is a NumPy array in older versions of JAX.
+Residuals = tuple[Array, Array, Array, Array, Array | np.ndarray]
 
 
 def _normalize_fwd(
