@@ -19,6 +19,7 @@ from typing import TypeVar
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
+from jax.custom_batching import custom_vmap
 from jax.typing import DTypeLike
 from jaxtyping import Bool, Float, Inexact
 
@@ -194,7 +195,21 @@ def _unshifted_is_safe(mean: Array, var: Array) -> Bool[Array, ""]:
 
     They are not if the variance is NaN, from squares that overflowed.
     """
-    return jnp.all(abs_square(mean) <= MAX_SQUARED_MEAN_TO_VAR * var)
+    return _all(lax.stop_gradient(abs_square(mean) <= MAX_SQUARED_MEAN_TO_VAR * var))
+
+
+@custom_vmap
+def _all(values: Bool[Array, "..."]) -> Bool[Array, ""]:
+    return jnp.all(values)
+
+
+@_all.def_vmap
+def _all_members(
+    axis_size: int, in_batched: list[bool], values: Bool[Array, "..."]
+) -> tuple[Bool[Array, ""], bool]:
+    # One answer for all members: `vmap` turns a conditional into a selection between
+    # the results of both branches where the predicate varies over the members.
+    return _all(values), False
 
 
 def _shift_from_sample(

@@ -99,7 +99,7 @@ def test_very_small_and_very_large_values_stay_finite(form, size, rng):
 
 
 def test_vmap_matches_single_calls_near_and_far(form, rng):
-    """Under vmap the conditional becomes a selection between both results."""
+    """A far member takes the near members with it, and all stay accurate."""
     cases = [random_case(rng, (32, 4), loc=loc) for loc in (0.0, 80.0)]
     xs = np.stack([case.x for case in cases]).astype(np.float32)
     params, state = jaxbn.init(4)
@@ -160,6 +160,75 @@ def test_cpu_program_has_one_conditional_per_direction_if_x_is_large(n, conditio
         == conditionals
     )
     assert "complex" not in program
+
+
+LARGE = (32, 8, 8, 16)  # enough elements for the CPU's conditional
+
+
+def members(rng, count, loc):
+    """Return inputs of an ensemble; those of the last member have mean `loc`."""
+    xs = rng.normal(size=(count, *LARGE))
+    xs[-1] += loc
+    return xs.astype(np.float32)
+
+
+def value_and_gradients(x):
+    params, state = jaxbn.init(LARGE[-1])
+
+    def loss(x):
+        y, new = jaxbn.batch_norm(params, state, x, True)
+        return jnp.sum(jnp.sin(y)) + jnp.sum(new.var), (y, new)
+
+    return jax.value_and_grad(loss, has_aux=True)(x)
+
+
+def assert_equal_to_single_calls(results, xs):
+    alone = [value_and_gradients(x) for x in xs]
+    expected = jax.tree.map(lambda *leaves: np.stack(leaves), *alone)
+    chex.assert_trees_all_close(results, expected, rtol=2e-4, atol=2e-5)
+
+
+@pytest.mark.parametrize("loc", [0.0, 80.0])
+def test_vmap_keeps_one_conditional_per_direction(loc, rng):
+    xs = members(rng, 3, loc)
+    ensemble = jax.jit(jax.vmap(value_and_gradients)).lower(xs).compile()
+    assert len(re.findall(r" conditional\(", ensemble.as_text() or "")) == 2
+    assert_equal_to_single_calls(ensemble(xs), xs)
+
+
+def test_nested_vmap_keeps_one_conditional_per_direction(rng):
+    xs = members(rng, 4, 80.0)
+    ensemble = jax.jit(jax.vmap(jax.vmap(value_and_gradients)))
+    nested = xs.reshape(2, 2, *LARGE)
+    program = ensemble.lower(nested).compile().as_text() or ""
+    assert len(re.findall(r" conditional\(", program)) == 2
+    flat = jax.tree.map(lambda a: a.reshape(4, *a.shape[2:]), ensemble(nested))
+    assert_equal_to_single_calls(flat, xs)
+
+
+@pytest.mark.parametrize("check_vma", [True, False])
+def test_vmap_inside_shard_map_matches_single_calls(check_vma, rng):
+    mesh = jax.make_mesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    xs, spec = members(rng, 4, 80.0), jax.P("data")
+    ensemble = jax.shard_map(
+        jax.vmap(value_and_gradients),
+        mesh=mesh,
+        in_specs=spec,
+        out_specs=spec,
+        check_vma=check_vma,
+    )
+    assert_equal_to_single_calls(jax.jit(ensemble)(xs), xs)
+
+
+def test_second_derivatives_pass_through_vmap(rng):
+    xs = (rng.normal(size=(2, *LARGE)) + 1).astype(np.float32)
+
+    def squared_gradient(x):
+        return jnp.sum(jax.grad(lambda x: value_and_gradients(x)[0][0])(x) ** 2)
+
+    together = jax.vmap(jax.grad(squared_gradient))(xs)
+    expected = np.stack([jax.grad(squared_gradient)(x) for x in xs])
+    np.testing.assert_allclose(together, expected, rtol=1e-3, atol=1e-4)
 
 
 def test_sums_do_not_materialize_a_cast_of_x():
