@@ -16,6 +16,8 @@ from rich.console import Console
 from . import (
     _accuracy,
     _compile,
+    _drift,
+    _ensemble,
     _growth,
     _layers,
     _memory,
@@ -30,10 +32,12 @@ from ._torch import LAYOUTS, Torch
 
 SECTIONS = {
     "accuracy": _accuracy,
+    "drift": _drift,
     "memory": _memory,
     "compile": _compile,
     "step": _step,
     "growth": _growth,
+    "ensemble": _ensemble,
     "layers": _layers,  # last, because it ends with the summary
 }
 HERE = Path(__file__).parent

@@ -1,5 +1,7 @@
 """Compile time: CPU seconds to lower and to compile a network with many batch norms.
 
+On a CPU the program depends on the size of x: a conditional chooses how to sum large x.
+
 The network repeats a dense layer, a batch norm and a ReLU. JAX's caches are cleared
 before each sample, so that it starts as a new process does.
 """
@@ -22,19 +24,30 @@ from ._timing import interleave, summarize
 
 REFERENCE = "flax.linen"
 LIBRARIES = (REFERENCE, "jaxbn.linen", "jaxbn")
-SHAPE = Shape("", (128, 32))
+SHAPES = (Shape("", (128, 32)), Shape("", (4096, 32)))
 PROGRAMS = ("training step", "forward")
-STAGES = ("lower", "compile")
+STAGES = ("lower", "compile", "together")
 
 
 def run(session: Session) -> dict:
-    """Return a row of CPU seconds for each library, program and stage."""
+    """Return a row of CPU seconds for each library, shape, program and stage."""
     session = session.only(*LIBRARIES)
-    depth, rounds = (5, 1) if session.quick else (50, 5)
-    task = random_task(session.rng, SHAPE, "float32")
-    kernels = session.rng.normal(0, SHAPE.dims[1] ** -0.5, (depth, *2 * SHAPE.dims[1:]))
+    depth, rounds = (5, 1) if session.quick else (50, 7)
+    rows = []
+    for shape in session.track(SHAPES[: 1 if session.quick else None], "compile"):
+        cases = compilations(session, shape, depth)
+        times = summarize_stages(interleave(cases, rounds, session.rng))
+        rows += [{"dims": list(shape.dims)} | row for row in times]
+    return {"rows": rows, "depth": depth}
+
+
+def compilations(session: Session, shape: Shape, depth: int) -> dict:
+    """Return a cold compilation for each (library, program)."""
+    task = random_task(session.rng, shape, "float32")
+    features = shape.dims[1]
+    kernels = session.rng.normal(0, features**-0.5, (depth, features, features))
     layers = {name: lib.build(task) for name, lib in session.libraries.items()}
-    cases = {
+    return {
         (name, program): partial(
             cold_cpu_seconds,
             programs(layer)[program],
@@ -43,8 +56,6 @@ def run(session: Session) -> dict:
         for program in PROGRAMS
         for name, layer in layers.items()
     }
-    rows = summarize_stages(interleave(cases, rounds, session.rng))
-    return {"rows": rows, "depth": depth, "dims": SHAPE.dims}
 
 
 def network_arguments(layer: Layer, kernels: np.ndarray, x: np.ndarray) -> tuple:
@@ -87,9 +98,8 @@ def cpu_seconds(function: Callable, arguments: tuple) -> dict[str, float]:
     lowered = jax.jit(fresh).lower(*arguments)
     middle = time.process_time()
     lowered.compile()
-    return dict(
-        zip(STAGES, (middle - start, time.process_time() - middle), strict=True)
-    )
+    end = time.process_time()
+    return {"lower": middle - start, "compile": end - middle, "together": end - start}
 
 
 def summarize_stages(samples: dict[Any, list[dict[str, float]]]) -> list[dict]:

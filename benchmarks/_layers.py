@@ -18,7 +18,7 @@ from ._timing import Summary, floor, geometric_mean, interleave, sampler, summar
 
 # Passes over x that every method needs. Forward reads x for the statistics, then reads
 # x and writes y. Backward reads x and dy for two sums, then reads both and writes dx.
-PASSES = {"forward": 3, "backward": 5, "both": 8, "inference": 2}
+PASSES = {"forward": 3, "backward": 5, "both": 8, "one jit": 8, "inference": 2}
 
 
 def run(session: Session) -> dict:
@@ -48,7 +48,7 @@ def measure(
     session.release()
     copy = summarize(samples.pop("copy")).median
     case = {"shape": shape.name, "dims": list(shape.dims), "dtype": dtype}
-    return _rows(samples, copy, case), [case | r for r in rejected]
+    return rows_of(samples, copy, case), [case | r for r in rejected]
 
 
 def _cases(
@@ -96,7 +96,7 @@ def _jax_samplers(task: Task, library: Library) -> tuple[dict, Any]:
     }, got
 
 
-def _rows(samples: dict, copy: float, case: dict) -> list[dict]:
+def rows_of(samples: dict, copy: float, case: dict) -> list[dict]:
     """Return a row for each library and phase; `both` sums the samples of a round."""
     for name in [name for name, phase in samples if phase == "forward"]:
         pairs = zip(samples[name, "forward"], samples[name, "backward"], strict=True)

@@ -111,6 +111,24 @@ def backward(vjp: Callable, dy: jax.Array) -> Program:
     return Program(lambda vjp, dy: vjp(dy), vjp, dy)
 
 
+def one_jit(layer: Layer) -> Callable[..., tuple]:
+    """Return a layer's training step: `(y, new_state, dparams, dx)` in one program.
+
+    The backward waits for y, as in a network: with a cotangent that is known before y,
+    XLA could share passes over x between the two directions.
+    """
+
+    def step(params: Any, state: Any, x: jax.Array, dy: jax.Array) -> tuple:
+        def train(params: Any, x: jax.Array) -> tuple[jax.Array, Any]:
+            return layer.train(params, state, x)
+
+        y, vjp, new_state = jax.vjp(train, params, x, has_aux=True)
+        y, dy = jax.lax.optimization_barrier((y, dy))
+        return y, new_state, *vjp(dy)
+
+    return step
+
+
 def inference(layer: Layer, x: jax.Array) -> Program:
     """Compile `y` from the running statistics."""
     return Program(layer.inference, layer.params, layer.state, x)

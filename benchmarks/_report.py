@@ -39,14 +39,48 @@ def pages(data: dict) -> dict[str, list[Table]]:
     tables = {
         "layers": _layers,
         "growth": _growth,
+        "ensemble": _ensemble,
         "step": _step,
         "compile": _compile,
         "memory": _memory,
         "accuracy": _accuracy,
+        "drift": _drift,
     }[data["section"]](data)
     if data["section"] == "layers":
         return {"layers": tables, "layers-summary": [_summary(data["summary"])]}
     return {data["section"]: tables}
+
+
+def _ensemble(data: dict) -> list[Table]:
+    """Return the summary, then a table of shapes for each dtype and ensemble."""
+    rows, tables = data["rows"], [_summary(data["summary"])]
+    for dtype in _columns(rows, "dtype"):
+        for phase in _columns(rows, "phase"):
+            some = [r for r in rows if (r["dtype"], r["phase"]) == (dtype, phase)]
+            title = (
+                f"training step of {phase}, {dtype}: ms ± half the interquartile "
+                "range; ratio to the floor"
+            )
+            tables.append(_by_library(title, some))
+    return tables
+
+
+def _drift(data: dict) -> list[Table]:
+    """Return a table of momenta and means, with a column per library and start."""
+    kinds = list(dict.fromkeys((r["start"], r["library"]) for r in data["rows"]))
+    errors = {
+        (r["momentum"], r["loc"], r["start"], r["library"]): f"{r['error']:.1e}"
+        for r in data["rows"]
+    }
+    cases = list(dict.fromkeys((r["momentum"], r["loc"]) for r in data["rows"]))
+    title = "error of the running mean in standard deviations, float32"
+    header = ["momentum", "mean of x"]
+    header += [f"{library}, from {start}" for start, library in kinds]
+    lines = [
+        [f"{momentum:g}", f"{loc:g}", *(errors[momentum, loc, *k] for k in kinds)]
+        for momentum, loc in cases
+    ]
+    return [Table(title, header, lines)]
 
 
 def _columns(rows: list[dict], key: str) -> list:
@@ -102,7 +136,7 @@ def _by_library(title: str, rows: list[dict]) -> Table:
 def _summary(rows: list[dict]) -> Table:
     """Compare each library with jaxbn; above 1, jaxbn is faster."""
     kinds = list(dict.fromkeys((r["dtype"], r["phase"]) for r in rows))
-    kinds.sort(key=lambda kind: (kind[0] != "float32", PHASES.index(kind[1])))
+    kinds.sort(key=lambda kind: kind[0] != "float32")  # stable
     cells = {
         (r["library"], r["dtype"], r["phase"]): (
             f"{r['geometric_mean']:.2f}\n({r['below_1']} of {r['shapes']})"
@@ -163,19 +197,19 @@ def _loss(row: dict) -> str:
 
 
 def _compile(data: dict) -> list[Table]:
-    by_program: dict[tuple, dict[str, dict]] = {}
+    by_program: dict[tuple, list[dict]] = {}
     for row in data["rows"]:
-        key = (row["program"], row["library"])
-        by_program.setdefault(key, {})[row["stage"]] = row
+        key = ("x".join(map(str, row["dims"])), row["program"], row["library"])
+        by_program.setdefault(key, []).append(row)
     lines = [
-        [*key, *(cell for row in stages.values() for cell in _seconds_and_ratio(row))]
+        [*key, *(cell for row in stages for cell in _seconds_and_ratio(row))]
         for key, stages in by_program.items()
     ]
-    dims = "x".join(map(str, data["dims"]))
     network = f"{data['depth']} x (dense, batch norm, ReLU)"
-    title = f"CPU seconds to lower and to compile {network}, x of {dims}"
-    header = ("program", "library", "lower, s", "over Flax", "compile, s", "over Flax")
-    return [Table(title, header, lines)]
+    title = f"CPU seconds to lower and to compile {network}"
+    stages = [row["stage"] for row in next(iter(by_program.values()))]
+    columns = [name for stage in stages for name in (f"{stage}, s", "over Flax")]
+    return [Table(title, ("x", "program", "library", *columns), lines)]
 
 
 def _seconds_and_ratio(row: dict) -> tuple[str, str]:

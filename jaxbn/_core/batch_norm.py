@@ -116,7 +116,7 @@ def batch_norm(
     Differences from Flax: the variance is numerically stable (Flax's default cancels
     for large means), masked statistics are weighted by n over devices, an empty batch
     changes nothing, the running variance is unbiased by default, and the running
-    statistics do not drift where the mean is large beside the deviation.
+    mean drifts less where it is large beside the deviation.
 
     Source: S. Ioffe and C. Szegedy, "Batch Normalization: Accelerating Deep Network
     Training by Reducing Internal Covariate Shift",

@@ -12,6 +12,8 @@ from oracle import Case, train_step
 from benchmarks import (
     _compile,
     _devices,
+    _drift,
+    _ensemble,
     _layers,
     _libraries,
     _programs,
@@ -201,7 +203,7 @@ def test_summary_has_ratios_and_faster_torch():
 
 def test_compile_programs_train_through_all_layers(rng):
     """Two layers show that each one has a gradient and new state, as Flax's have."""
-    task = some_task(rng, _compile.SHAPE)
+    task = some_task(rng, _compile.SHAPES[0])
     kernels = rng.normal(size=(2, 32, 32)).astype(np.float32)
     results = []
     for name in _compile.LIBRARIES:
@@ -223,30 +225,57 @@ def assert_near(actual, expected):
 
 def test_cpu_seconds_times_lowering_and_compilation():
     seconds = _compile.cpu_seconds(lambda x: x + 1, (jnp.ones(2),))
-    assert seconds.keys() == {"lower", "compile"}
+    assert seconds.keys() == {*_compile.STAGES}
     assert min(seconds.values()) > 0
+    assert math.isclose(seconds["lower"] + seconds["compile"], seconds["together"])
 
 
 def test_summarize_stages_divides_by_flax():
-    samples = {
-        ("flax.linen", "forward"): [{"lower": 1.0, "compile": 2.0}] * 3,
-        ("jaxbn", "forward"): [{"lower": 0.5, "compile": 3.0}] * 3,
-    }
+    flax = {"lower": 1.0, "compile": 2.0, "together": 3.0}
+    jaxbn = {"lower": 0.5, "compile": 3.0, "together": 3.5}
+    samples = {("flax.linen", "forward"): [flax] * 3, ("jaxbn", "forward"): [jaxbn] * 3}
     rows = _compile.summarize_stages(samples)
-    assert [row["ratio"] for row in rows] == [1.0, 1.0, 0.5, 1.5]
-    rows = _compile.summarize_stages(
-        {("jaxbn", "forward"): samples["jaxbn", "forward"]}
-    )
-    assert [row["ratio"] for row in rows] == [None, None]
+    assert [row["ratio"] for row in rows] == [1.0, 1.0, 1.0, 0.5, 1.5, 3.5 / 3]
+    del samples["flax.linen", "forward"]
+    assert [row["ratio"] for row in _compile.summarize_stages(samples)] == [None] * 3
 
 
 def test_compile_table_has_a_line_per_program_and_library():
-    samples = {("flax.linen", "forward"): [{"lower": 1.0, "compile": 2.0}]}
-    rows = _compile.summarize_stages(samples)
-    data = {"section": "compile", "rows": rows, "depth": 50, "dims": (128, 32)}
+    seconds = {"lower": 1.0, "compile": 2.0, "together": 3.0}
+    rows = _compile.summarize_stages({("flax.linen", "forward"): [seconds]})
+    rows = [{"dims": [128, 32]} | row for row in rows]
+    data = {"section": "compile", "rows": rows, "depth": 50}
     (table,) = _report.pages(data)["compile"]
-    line = ["forward", "flax.linen", "1.00 ±0%", "1.00", "2.00 ±0%", "1.00"]
-    assert table.rows == [line]
+    cells = [f"{s:.2f} ±0%" for s in seconds.values()]
+    ones = [cell for s in cells for cell in (s, "1.00")]
+    assert table.rows == [["128x32", "forward", "flax.linen", *ones]]
+
+
+@pytest.mark.parametrize("name", _ensemble.LIBRARIES)
+def test_every_member_of_an_ensemble_equals_reference(name, rng):
+    task, library = some_task(rng, momentum=0.0), _libraries.LIBRARIES[name]
+    program = _ensemble.ensemble_step(task, library, 3)
+    expected = _task.reference(task)
+    _ensemble.check_members(task, library, program, expected, 3)
+    wrong = expected._replace(dx=expected.dx + 1)
+    with pytest.raises(RuntimeError, match="member 0 of 3: dx is off by"):
+        _ensemble.check_members(task, library, program, wrong, 3)
+
+
+@pytest.mark.parametrize("name", _drift.LIBRARIES)
+def test_drift_is_measured_from_the_float64_average(name, rng):
+    """Near zero no library drifts."""
+    task = some_task(rng, _drift.SHAPE, momentum=0.9)
+    xs = rng.normal(size=(4, *_drift.SHAPE.dims)).astype(np.float32)
+    layer, steps = _libraries.LIBRARIES[name].build(task), _drift.num_steps(0.9)
+    expected = task.mean.astype(np.float64)
+    for step in range(steps):
+        expected = 0.9 * expected + 0.1 * xs[step % 4].mean(0, dtype=np.float64)
+    average = _drift.moving_average(xs, task.mean, 0.9)
+    np.testing.assert_allclose(average, expected, atol=1e-12)
+    np.testing.assert_allclose(
+        _drift.running_mean(layer, xs, steps), expected, atol=1e-6
+    )
 
 
 def layers_data() -> dict:
