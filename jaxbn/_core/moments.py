@@ -79,7 +79,7 @@ def _formula(
 
 def _at_least_zero(m2: Float[Array, "*stats"]) -> Float[Array, "*stats"]:
     """Return max(m2, 0) with the derivative of m2: only rounding makes it negative."""
-    return m2 + lax.stop_gradient(jnp.maximum(m2, 0) - m2)
+    return m2 - lax.stop_gradient(jnp.minimum(m2, 0))
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(3,))

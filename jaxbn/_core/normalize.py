@@ -75,8 +75,7 @@ def _normalize_vjp(
     axes: Axes,
     dtype: np.dtype,
 ) -> Inexact[Array, "*x"]:
-    factor = inverse_std(var, epsilon) * scale
-    mean, factor, bias = materialize_on_cpu(mean, factor, bias)
+    (factor,) = materialize_on_cpu(inverse_std(var, epsilon) * scale)
     return _formula(x, mean, factor, bias, dtype)
 
 
@@ -96,9 +95,8 @@ def _normalize_fwd(
     dtype: np.dtype,
 ) -> tuple[Inexact[Array, "*x"], Residuals]:
     # The formula, not `_normalize_vjp`: jvp of grad passes through here.
-    factor = inverse_std(var, epsilon) * scale
-    shift, factor, bias = materialize_on_cpu(mean, factor, bias)
-    return _formula(x, shift, factor, bias, dtype), (x, mean, var, scale, epsilon)
+    (factor,) = materialize_on_cpu(inverse_std(var, epsilon) * scale)
+    return _formula(x, mean, factor, bias, dtype), (x, mean, var, scale, epsilon)
 
 
 def _normalize_bwd(

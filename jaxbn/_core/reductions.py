@@ -14,7 +14,6 @@ knows platforms, because XLA treats two sums that share terms differently:
 import math
 from collections.abc import Callable
 from functools import partial
-from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -28,8 +27,6 @@ from .weights import Weights, apply_weights, divide_by_count, sum_over, total_we
 
 Pair = tuple[Array, Array]
 SumPair = Callable[[Array, Array, Axes], Pair]
-
-T = TypeVar("T")
 
 SAMPLE_STRIDE = 64
 
@@ -51,12 +48,13 @@ def shifted_sums(
     """Return `plain_shifted_sums` in the form that the platform likes."""
     static = {"axes": axes, "dtype": dtype}
     by_sample = partial(_sums_shifted_by_sample, **static)
-    return _on_platform(
+    cpu = _sums_unshifted_if_safe if _is_large(x) else _sums_shifted_by_mean
+    return lax.platform_dependent(
         x,
         weights,
-        cpu=partial(_sums_unshifted_if_safe, **static),
-        cuda=lambda x, w: by_sample(x, x, w, sum_pair=_packed_sums),
-        default=lambda x, w: by_sample(x, x, w, sum_pair=_two_sums),
+        cpu=partial(cpu, **static),
+        cuda=partial(by_sample, sum_pair=_packed_sums),
+        default=partial(by_sample, sum_pair=_two_sums),
     )
 
 
@@ -69,36 +67,43 @@ def plain_shifted_sums(
     Computing the Sample Variance", 1983); one near the mean keeps Σ|x-s|² from
     cancelling, as Σx² does. So s is a constant to autodiff.
     """
-    return _sums_shifted_by_sample(x, x, weights, axes, dtype, _two_sums)
+    return _sums_shifted_by_sample(x, weights, axes, dtype, _two_sums)
 
 
 def _sums_unshifted_if_safe(
     x: Array, weights: Weights | None, axes: Axes, dtype: DTypeLike
 ) -> tuple[Array, Array, Array]:
-    """Return `shifted_sums` for s = 0 if they do not cancel, else for a sample mean."""
-    static = {"axes": axes, "dtype": dtype, "sum_pair": _two_sums}
-    total, squares = _sums_shifted_by(0, *_prevent_cse(x), weights, **static)
+    """Return `shifted_sums` for s = 0 if they do not cancel, else for the mean."""
+    total, squares = _sums_shifted_by(0, *_prevent_cse(x), weights, axes, dtype)
     n = total_weight(x, weights, axes)
     mean = divide_by_count(total, n)
     var = divide_by_count(squares, n) - abs_square(mean)
-    return lax.cond(
-        _unshifted_is_safe(mean, var),
-        lambda: (jnp.zeros_like(total), total, squares),
-        lambda: _sums_shifted_by_sample(*_prevent_cse(x), weights, **static),
-    )
+    is_safe = _unshifted_is_safe(mean, var)
+
+    def sums_shifted_by_mean() -> Pair:
+        # Divided again here, which XLA fuses: an operand costs a kernel.
+        mean = divide_by_count(total, n)
+        return _sums_shifted_by(mean, *_prevent_cse(x), weights, axes, dtype)
+
+    sums = lax.cond(is_safe, lambda: (total, squares), sums_shifted_by_mean)
+    return jnp.where(is_safe, jnp.zeros_like(mean), mean), *sums
+
+
+def _sums_shifted_by_mean(
+    x: Array, weights: Weights | None, axes: Axes, dtype: DTypeLike
+) -> tuple[Array, Array, Array]:
+    """Return `shifted_sums` for the mean, from a pass of its own."""
+    total = sum_over(apply_weights(x.astype(dtype), weights), axes)
+    mean = divide_by_count(total, total_weight(x, weights, axes))
+    return mean, *_sums_shifted_by(mean, x, x, weights, axes, dtype)
 
 
 def _sums_shifted_by_sample(
-    x: Array,
-    x_copy: Array,
-    weights: Weights | None,
-    axes: Axes,
-    dtype: DTypeLike,
-    sum_pair: SumPair,
+    x: Array, weights: Weights | None, axes: Axes, dtype: DTypeLike, sum_pair: SumPair
 ) -> tuple[Array, Array, Array]:
     """Return `shifted_sums` for the mean of a sample of `x`."""
     shift = lax.stop_gradient(_shift_from_sample(x, weights, axes, dtype))
-    return shift, *_sums_shifted_by(shift, x, x_copy, weights, axes, dtype, sum_pair)
+    return shift, *_sums_shifted_by(shift, x, x, weights, axes, dtype, sum_pair)
 
 
 def _sums_shifted_by(
@@ -108,12 +113,12 @@ def _sums_shifted_by(
     weights: Weights | None,
     axes: Axes,
     dtype: DTypeLike,
-    sum_pair: SumPair,
+    sum_pair: SumPair | None = None,
 ) -> Pair:
     """Return Σ w(x-s) and Σ w|x-s|², the second from `x_copy`."""
     deviation, other = x.astype(dtype) - shift, x_copy.astype(dtype) - shift
     squares = apply_weights(abs_square(other), weights)
-    return sum_pair(apply_weights(deviation, weights), squares, axes)
+    return (sum_pair or _two_sums)(apply_weights(deviation, weights), squares, axes)
 
 
 def product_sums(
@@ -124,11 +129,13 @@ def product_sums(
     axes: Axes,
 ) -> Pair:
     """Return Σ dy and Σ dy·(x - μ) of each feature, in the dtype of μ."""
-    return _on_platform(
+    with_deviation = partial(_products_with_deviation, axes=axes)
+    plain = partial(with_deviation, sum_pair=_two_sums)
+    return lax.platform_dependent(
         *(dy, x, mean, var),
-        cpu=partial(_products_unshifted_if_safe, axes=axes),
-        cuda=partial(_products_with_deviation, axes=axes, sum_pair=_packed_sums),
-        default=partial(_products_with_deviation, axes=axes, sum_pair=_two_sums),
+        cpu=partial(_products_unshifted_if_safe, axes=axes) if _is_large(x) else plain,
+        cuda=partial(with_deviation, sum_pair=_packed_sums),
+        default=plain,
     )
 
 
@@ -165,13 +172,8 @@ def materialize_on_cpu(*vectors: Array) -> tuple[Array, ...]:
     )
 
 
-def _on_platform(
-    x: Array, *operands: Array | Weights | None, **forms: Callable[..., T]
-) -> T:
-    """Call the platform's form; for small or symbolic `x` see `MIN_SIZE_FOR_COND`."""
-    if isinstance(x.size, int) and x.size < MIN_SIZE_FOR_COND:
-        return forms["default"](x, *operands)
-    return lax.platform_dependent(x, *operands, **forms)
+def _is_large(x: Array) -> bool:
+    return isinstance(x.size, int) and x.size >= MIN_SIZE_FOR_COND
 
 
 def _two_sums(a: Array, b: Array, axes: Axes) -> Pair:

@@ -3,6 +3,7 @@
 import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
+from jaxtyping import Bool
 
 from .moments import Moments
 from .variables import BatchNormState
@@ -31,13 +32,8 @@ def update_running_stats(
         batch_weight = 1 / (state.count.astype(batch.var.dtype) + 1)
     mean = _mix(state.mean, batch.mean, batch_weight)
     var = _mix(state.var, batch_var, batch_weight)
-    is_updated = (
-        (batch.n > ddof)
-        & jnp.isfinite(batch.mean.astype(mean.dtype))
-        & jnp.isfinite(batch_var.astype(var.dtype))
-        & jnp.isfinite(mean)
-        & jnp.isfinite(var)
-    )
+    fits = _fits(mean, batch.mean) & _fits(var, batch_var)
+    is_updated = fits & (batch.n > ddof)
     return BatchNormState(
         mean=jnp.where(is_updated, mean, state.mean),
         var=jnp.where(is_updated, var, state.var),
@@ -56,3 +52,14 @@ def _mix(running: Array, new: Array, batch_weight: ArrayLike) -> Array:
     mixed = jnp.where(weight == 1, new, old + weight * (new - old))
     # The state keeps its dtype, so that a scan can carry it.
     return mixed.astype(running.dtype)
+
+
+def _fits(mixed: Array, new: Array) -> Bool[Array, "..."]:
+    """Decide whether the state's dtype holds `new` and the average with it.
+
+    In one dtype the average is not finite where `new` is not.
+    """
+    is_finite = jnp.isfinite(mixed)
+    if mixed.dtype == new.dtype:
+        return is_finite
+    return is_finite & jnp.isfinite(new.astype(mixed.dtype))

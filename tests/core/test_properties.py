@@ -1,6 +1,7 @@
 """Search with hypothesis for any shape, mask or option that breaks an invariant."""
 
 import chex
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -33,25 +34,43 @@ def shapes_and_axes(draw):
 def masks(draw, shape, rng):
     kept = [n if draw(st.booleans()) else 1 for n in shape]
     kept = kept[draw(st.integers(0, len(kept))) :]
-    kind = draw(st.sampled_from(["bool", "int", "float", "sparse"]))
-    weights = {
+    kind = draw(st.sampled_from(["bool", "int", "float", "sparse", "sparse float"]))
+    scale = np.float32(10 ** draw(st.floats(-12, 12)))
+    return {
         "bool": lambda: rng.random(kept) < 0.5,
         "int": lambda: rng.integers(0, 4, kept),
-        "float": lambda: rng.uniform(0.1, 3.0, kept),
+        "float": lambda: scale * rng.uniform(0.1, 3.0, kept).astype(np.float32),
         "sparse": lambda: rng.random(kept) < 0.1,
+        "sparse float": lambda: scale * (rng.random(kept) < 0.3).astype(np.float32),
     }[kind]()
-    return weights
 
 
-@given(data=st.data(), seed=st.integers(0, 2**32 - 1), options=OPTIONS)
-def test_batch_norm_matches_oracle_for_any_shape_mask_and_option(data, seed, options):
+# float16 ends at 65,504, and squares of float32 at 1.8e19.
+EXPONENTS = {"float64": 12, "float32": 12, "bfloat16": 12, "float16": 3}
+
+
+@given(
+    data=st.data(),
+    seed=st.integers(0, 2**32 - 1),
+    dtype=st.sampled_from([*EXPONENTS]),
+    options=OPTIONS,
+)
+def test_batch_norm_matches_oracle_for_any_input(data, seed, dtype, options):
+    """Any shape, axis, mask, option and dtype, and magnitudes from 1e-12 to 1e12."""
     rng = np.random.default_rng(seed)
     shape, axis = data.draw(shapes_and_axes())
-    case = rounded(random_case(rng, shape, axis), "float32")
-    mask = data.draw(st.none() | masks(shape, rng))
-    actual = run(case, axis=axis, mask=mask, **options)
+    largest = EXPONENTS[dtype]
+    size = 10 ** data.draw(st.floats(-12, largest))
+    loc = data.draw(st.sampled_from([0.0, 0.7, 3.0]))
+    with jax.enable_x64(dtype == "float64"):
+        drawn = random_case(rng, shape, axis, loc * size, size)
+        case = rounded(drawn, dtype)
+        mask = data.draw(st.none() | masks(shape, rng))
+        actual = run(case, axis=axis, mask=mask, **options)
     expected = train_step(case, axis=axis, mask=mask, **options)
-    assert_close(actual, expected, TOLERANCE["float32"])
+    assert np.all(np.isfinite(actual.mean))
+    assert np.all(np.isfinite(actual.var))
+    assert_close(actual, expected, TOLERANCE[dtype])
 
 
 @given(

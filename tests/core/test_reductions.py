@@ -1,5 +1,6 @@
 """Run the form of the sums for each platform; each is plain JAX and runs anywhere."""
 
+import math
 import re
 
 import chex
@@ -13,7 +14,7 @@ from oracle import random_case, train_step
 import jaxbn
 from jaxbn._core import reductions
 
-FORMS = ["cpu", "cuda", "default"]
+FORMS = ["cpu", "cpu small", "cuda", "default"]
 MASKS = {
     "none": lambda rng: None,
     "bool": lambda rng: rng.random((6, 1, 1)) < 0.6,
@@ -23,13 +24,15 @@ MASKS = {
 
 @pytest.fixture(params=FORMS)
 def form(request, monkeypatch):
-    """Run the form of one platform for any platform and size of x."""
+    """Run the form of one platform on any platform; "cpu small" is that of small x."""
+    platform, *small = request.param.split()
 
     def choose(*arrays, **forms):
-        return forms.get(request.param, forms["default"])(*arrays)
+        return forms.get(platform, forms["default"])(*arrays)
 
     jax.clear_caches()  # jit does not see the change
-    monkeypatch.setattr(reductions, "_on_platform", choose)
+    monkeypatch.setattr(jax.lax, "platform_dependent", choose)
+    monkeypatch.setattr(reductions, "MIN_SIZE_FOR_COND", math.inf if small else 0)
     yield request.param
     jax.clear_caches()
 
