@@ -119,7 +119,7 @@ def _moments_bwd(
     x, weights, mean = residuals
     dmean, dm2 = cotangents
     offset = divide_by_count(dmean, total_weight(x, weights, axes))
-    mean, offset, slope = materialize_on_cpu(mean, offset, 2 * dm2)
+    mean, offset, slope = materialize_on_cpu(x, mean, offset, 2 * dm2)
     dx = offset + slope * (x.astype(mean.dtype) - mean)
     return apply_weights(dx, weights), None, None
 

@@ -75,7 +75,7 @@ def _normalize_vjp(
     axes: Axes,
     dtype: np.dtype,
 ) -> Inexact[Array, "*x"]:
-    (factor,) = materialize_on_cpu(inverse_std(var, epsilon) * scale)
+    (factor,) = materialize_on_cpu(x, inverse_std(var, epsilon) * scale)
     return _formula(x, mean, factor, bias, dtype)
 
 
@@ -95,7 +95,7 @@ def _normalize_fwd(
     dtype: np.dtype,
 ) -> tuple[Inexact[Array, "*x"], Residuals]:
     # The formula, not `_normalize_vjp`: jvp of grad passes through here.
-    (factor,) = materialize_on_cpu(inverse_std(var, epsilon) * scale)
+    (factor,) = materialize_on_cpu(x, inverse_std(var, epsilon) * scale)
     return _formula(x, mean, factor, bias, dtype), (x, mean, var, scale, epsilon)
 
 
@@ -117,7 +117,7 @@ def _normalize_bwd(
     dscale = inv_std * products
     dvar = -0.5 * scale * dscale * inv_std * inv_std  # this order: inv_std³ underflows
     dmean = -scale * inv_std * dbias
-    (factor,) = materialize_on_cpu(scale * inv_std)
+    (factor,) = materialize_on_cpu(x, scale * inv_std)
     dx = factor * dy.astype(mean.dtype)
     return dx, None, dmean, dvar, dscale, dbias, jnp.sum(dvar)
 

@@ -33,8 +33,9 @@ SAMPLE_STRIDE = 64
 # With |μ|² ≤ 16 σ², Σx² - n|μ|² is at least 1/17 of Σx²: at most 4 of 24 bits are lost.
 MAX_SQUARED_MEAN_TO_VAR = 16
 
-# For smaller arrays a conditional costs a CPU more than the sums that it saves.
-MIN_SIZE_FOR_COND = 2**14
+# Smaller arrays stay in a CPU's cache. There a conditional, or a separate kernel for a
+# vector, takes as much time as it saves, and more to compile.
+MIN_SIZE_FOR_CPU_FORMS = 2**18
 
 
 def abs_square(z: Array) -> Array:
@@ -162,18 +163,21 @@ def _products(dy: Array, x: Array, shift: Array | int, dtype: DTypeLike) -> Arra
     return dy.astype(dtype) * (x.astype(dtype) - shift)
 
 
-def materialize_on_cpu(*vectors: Array) -> tuple[Array, ...]:
-    """Compute `vectors` before the pass over x that uses them.
+def materialize_on_cpu(x: Array, *vectors: Array) -> tuple[Array, ...]:
+    """Compute `vectors` before the pass over `x` that uses them, if `x` is large.
 
     XLA:CPU repeats a computation that it fuses with a broadcast for every element.
     """
+    if not _is_large(x):
+        return vectors
     return lax.platform_dependent(
         *vectors, cpu=lambda *v: lax.optimization_barrier(v), default=lambda *v: v
     )
 
 
 def _is_large(x: Array) -> bool:
-    return isinstance(x.size, int) and x.size >= MIN_SIZE_FOR_COND
+    """Decide whether the CPU's forms pay; a symbolic size counts as large."""
+    return not isinstance(x.size, int) or x.size >= MIN_SIZE_FOR_CPU_FORMS
 
 
 def _two_sums(a: Array, b: Array, axes: Axes) -> Pair:

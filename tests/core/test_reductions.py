@@ -32,7 +32,7 @@ def form(request, monkeypatch):
 
     jax.clear_caches()  # jit does not see the change
     monkeypatch.setattr(jax.lax, "platform_dependent", choose)
-    monkeypatch.setattr(reductions, "MIN_SIZE_FOR_COND", math.inf if small else 0)
+    monkeypatch.setattr(reductions, "MIN_SIZE_FOR_CPU_FORMS", math.inf if small else 0)
     yield request.param
     jax.clear_caches()
 
@@ -165,7 +165,7 @@ def test_cpu_program_has_one_conditional_per_direction_if_x_is_large(n, conditio
     assert "complex" not in program
 
 
-LARGE = (32, 8, 8, 16)  # enough elements for the CPU's conditional
+LARGE = (64, 16, 16, 16)  # enough elements for the CPU's conditional
 
 
 def members(rng, count, loc):
@@ -175,18 +175,18 @@ def members(rng, count, loc):
     return xs.astype(np.float32)
 
 
-def value_and_gradients(x):
+def results_and_gradients(x):
     params, state = jaxbn.init(LARGE[-1])
 
     def loss(x):
         y, new = jaxbn.batch_norm(params, state, x, True)
         return jnp.sum(jnp.sin(y)) + jnp.sum(new.var), (y, new)
 
-    return jax.value_and_grad(loss, has_aux=True)(x)
+    return jax.grad(loss, has_aux=True)(x)
 
 
 def assert_equal_to_single_calls(results, xs):
-    alone = [value_and_gradients(x) for x in xs]
+    alone = [results_and_gradients(x) for x in xs]
     expected = jax.tree.map(lambda *leaves: np.stack(leaves), *alone)
     chex.assert_trees_all_close(results, expected, rtol=2e-4, atol=2e-5)
 
@@ -194,14 +194,14 @@ def assert_equal_to_single_calls(results, xs):
 @pytest.mark.parametrize("loc", [0.0, 80.0])
 def test_vmap_keeps_one_conditional_per_direction(loc, rng):
     xs = members(rng, 3, loc)
-    ensemble = jax.jit(jax.vmap(value_and_gradients)).lower(xs).compile()
+    ensemble = jax.jit(jax.vmap(results_and_gradients)).lower(xs).compile()
     assert len(re.findall(r" conditional\(", ensemble.as_text() or "")) == 2
     assert_equal_to_single_calls(ensemble(xs), xs)
 
 
 def test_nested_vmap_keeps_one_conditional_per_direction(rng):
     xs = members(rng, 4, 80.0)
-    ensemble = jax.jit(jax.vmap(jax.vmap(value_and_gradients)))
+    ensemble = jax.jit(jax.vmap(jax.vmap(results_and_gradients)))
     nested = xs.reshape(2, 2, *LARGE)
     program = ensemble.lower(nested).compile().as_text() or ""
     assert len(re.findall(r" conditional\(", program)) == 2
@@ -214,7 +214,7 @@ def test_vmap_inside_shard_map_matches_single_calls(check_vma, rng):
     mesh = jax.make_mesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
     xs, spec = members(rng, 4, 80.0), jax.P("data")
     ensemble = jax.shard_map(
-        jax.vmap(value_and_gradients),
+        jax.vmap(results_and_gradients),
         mesh=mesh,
         in_specs=spec,
         out_specs=spec,
@@ -227,7 +227,7 @@ def test_second_derivatives_pass_through_vmap(rng):
     xs = (rng.normal(size=(2, *LARGE)) + 1).astype(np.float32)
 
     def squared_gradient(x):
-        return jnp.sum(jax.grad(lambda x: value_and_gradients(x)[0][0])(x) ** 2)
+        return jnp.sum(results_and_gradients(x)[0] ** 2)
 
     together = jax.vmap(jax.grad(squared_gradient))(xs)
     expected = np.stack([jax.grad(squared_gradient)(x) for x in xs])

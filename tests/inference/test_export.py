@@ -11,11 +11,13 @@ from jax import export
 
 import jaxbn
 from jaxbn import BatchNormParams, BatchNormState
-from jaxbn._core.reductions import MIN_SIZE_FOR_COND
+from jaxbn._core.reductions import MIN_SIZE_FOR_CPU_FORMS
 
 PLATFORMS = ("cpu", "cuda", "tpu")
-BATCH, IN, OUT = 4096, 3, 5
-assert BATCH * OUT >= MIN_SIZE_FOR_COND  # so that the platforms have different forms
+BATCH, IN, OUT = 65536, 3, 5
+assert (
+    BATCH * OUT >= MIN_SIZE_FOR_CPU_FORMS
+)  # so that the platforms have different forms
 
 # JAX registers types once per process; loading needs the same names.
 for cls in (BatchNormParams, BatchNormState):
