@@ -133,3 +133,13 @@ def test_linen_layer_fields_match_the_table():
     stated = {name: eval(default, {"jnp": jnp, "nn": nn}) for name, default in rows}
     assert list(stated) == list(defaults)
     assert stated == defaults
+
+
+def test_files_that_pages_name_exist():
+    root = DOCS.parent
+    roots = (root, root / "jaxbn")  # CONTRIBUTING names modules inside the package
+    pages = [*DOCS.rglob("*.md"), *root.glob("*.md"), root / "benchmarks/README.md"]
+    for page in pages:
+        for path in re.findall(r"`((?:\w+/)+\w+\.(?:py|md))[`:]", page.read_text()):
+            exists = any((folder / path).exists() for folder in roots)
+            assert exists, f"{page.name} names {path}"
