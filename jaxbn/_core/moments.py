@@ -79,7 +79,8 @@ def _formula(
 
 def _at_least_zero(m2: Float[Array, "*stats"]) -> Float[Array, "*stats"]:
     """Return max(m2, 0) with the derivative of m2: only rounding makes it negative."""
-    return m2 - lax.stop_gradient(jnp.minimum(m2, 0))
+    # Not m2 - min(m2, 0): `jet` has no rule for min in older versions of JAX.
+    return m2 + lax.stop_gradient(jnp.maximum(-m2, 0))
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(3,))
