@@ -11,7 +11,7 @@ import numpy as np
 
 from . import _programs
 from ._layers import rows_of, summary
-from ._libraries import Library
+from ._libraries import Layer
 from ._session import Session
 from ._shapes import ALL, QUICK, Shape
 from ._task import Results, Task, find_mismatch, random_task, reference
@@ -51,8 +51,9 @@ def measure(session: Session, members: int, shape: Shape, dtype: str) -> list[di
     size = num_bytes(members, shape, dtype)
     cases: dict = {"copy": sampler(_programs.copy(size))}
     for name, library in session.libraries.items():
-        program = ensemble_step(task, library, members)
-        check_members(task, library, program, expected, members)
+        layer = library.build(task)
+        program = ensemble_step(task, layer, members)
+        check_members(task, layer, program, expected, members)
         cases[name, "one jit"] = sampler(program)
     rounds, limit = (5, 1) if session.quick else (20, 2)
     samples = interleave(cases, rounds, session.rng, limit)
@@ -62,13 +63,12 @@ def measure(session: Session, members: int, shape: Shape, dtype: str) -> list[di
     return [row | phase for row in rows_of(samples, copy, case)]
 
 
-def ensemble_step(task: Task, library: Library, members: int) -> _programs.Program:
+def ensemble_step(task: Task, layer: Layer, members: int) -> _programs.Program:
     """Compile the step of all members.
 
     The batch of member i is the task's, moved by i examples: its statistics are the
     task's, and its y and dx the task's, moved.
     """
-    layer = library.build(task)
     params, state = (
         jax.tree.map(lambda a: jnp.stack([a] * members), tree)
         for tree in (layer.params, layer.state)
@@ -82,13 +82,12 @@ def ensemble_step(task: Task, library: Library, members: int) -> _programs.Progr
 
 def check_members(
     task: Task,
-    library: Library,
+    layer: Layer,
     program: _programs.Program,
     expected: Results,
     members: int,
 ) -> None:
     """Run the step once, and raise `RuntimeError` if a member's results are wrong."""
-    layer = library.build(task)
     program()
     results = program.result()
     for i in range(members):

@@ -6,6 +6,7 @@ a benchmark times the passes over memory.
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -92,15 +93,15 @@ class Program:
 
 def forward(layer: Layer, x: jax.Array) -> Program:
     """Compile `(y, new_state, vjp)`; the pytree `vjp` holds the residuals."""
+    return Program(partial(_vjp, layer), layer.params, layer.state, x)
 
-    def run(params: Any, state: Any, x: jax.Array) -> tuple:
-        def train(params: Any, x: jax.Array) -> tuple[jax.Array, Any]:
-            return layer.train(params, state, x)
 
-        y, vjp, new_state = jax.vjp(train, params, x, has_aux=True)
-        return y, new_state, vjp
+def _vjp(layer: Layer, params: Any, state: Any, x: jax.Array) -> tuple:
+    def train(params: Any, x: jax.Array) -> tuple[jax.Array, Any]:
+        return layer.train(params, state, x)
 
-    return Program(run, layer.params, layer.state, x)
+    y, vjp, new_state = jax.vjp(train, params, x, has_aux=True)
+    return y, new_state, vjp
 
 
 def backward(vjp: Callable, dy: jax.Array) -> Program:
@@ -119,10 +120,7 @@ def one_jit(layer: Layer) -> Callable[..., tuple]:
     """
 
     def step(params: Any, state: Any, x: jax.Array, dy: jax.Array) -> tuple:
-        def train(params: Any, x: jax.Array) -> tuple[jax.Array, Any]:
-            return layer.train(params, state, x)
-
-        y, vjp, new_state = jax.vjp(train, params, x, has_aux=True)
+        y, new_state, vjp = _vjp(layer, params, state, x)
         y, dy = jax.lax.optimization_barrier((y, dy))
         return y, new_state, *vjp(dy)
 

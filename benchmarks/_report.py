@@ -53,16 +53,8 @@ def pages(data: dict) -> dict[str, list[Table]]:
 
 def _ensemble(data: dict) -> list[Table]:
     """Return the summary, then a table of shapes for each dtype and ensemble."""
-    rows, tables = data["rows"], [_summary(data["summary"])]
-    for dtype in _columns(rows, "dtype"):
-        for phase in _columns(rows, "phase"):
-            some = [r for r in rows if (r["dtype"], r["phase"]) == (dtype, phase)]
-            title = (
-                f"training step of {phase}, {dtype}: ms ± half the interquartile "
-                "range; ratio to the floor"
-            )
-            tables.append(_by_library(title, some))
-    return tables
+    phases = _columns(data["rows"], "phase")
+    return [_summary(data["summary"]), *_by_phase(data["rows"], phases)]
 
 
 def _drift(data: dict) -> list[Table]:
@@ -102,20 +94,26 @@ def _half_range(row: dict) -> float:
 
 
 def _layers(data: dict) -> list[Table]:
+    """Return a table for each dtype and phase, and the rejected libraries."""
+    tables = _by_phase(data["rows"], PHASES)
+    if data["rejected"]:
+        header = ("library", "shape", "dtype", "reason")
+        rejected = [[r[name] for name in header] for r in data["rejected"]]
+        tables.append(Table("rejected, not timed", header, rejected))
+    return tables
+
+
+def _by_phase(rows: list[dict], phases: Sequence[str]) -> list[Table]:
     """Return a table of shapes and libraries for each dtype and phase."""
-    rows, tables = data["rows"], []
+    tables = []
     for dtype in _columns(rows, "dtype"):
-        for phase in PHASES:
+        for phase in phases:
             some = [r for r in rows if (r["dtype"], r["phase"]) == (dtype, phase)]
             title = (
                 f"{phase}, {dtype}: ms ± half the interquartile range; "
                 "ratio to the floor"
             )
             tables.append(_by_library(title, some))
-    if data["rejected"]:
-        header = ("library", "shape", "dtype", "reason")
-        rejected = [[r[name] for name in header] for r in data["rejected"]]
-        tables.append(Table("rejected, not timed", header, rejected))
     return tables
 
 

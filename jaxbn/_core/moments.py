@@ -3,19 +3,20 @@
 First step: moments → merge (`sync`) → running statistics (`running`) → normalize.
 """
 
+from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Inexact, Real
 
 from .axes import Axes
 from .reductions import materialize_on_cpu, plain_shifted_sums, shifted_sums
 from .sharding import match_vma
 from .weights import (
-    Count,
     Weights,
     apply_weights,
     divide_by_count,
@@ -57,8 +58,7 @@ def moments(
     if closed_form:
         mean, m2 = _moments_vjp(*match_vma(x_acc, x, weights), axes)
     else:
-        sums = plain_shifted_sums(x_acc, weights, axes, x_acc.dtype)
-        mean, m2 = _formula(*sums, total_weight(x, weights, axes))
+        mean, m2 = _formula(plain_shifted_sums, x_acc, weights, axes, x_acc.dtype)
     var = divide_by_count(m2, total_weight(x, weights, axes))
     if weights is None:
         return Moments(mean, var, num_elements(x, axes))
@@ -66,13 +66,15 @@ def moments(
 
 
 def _formula(
-    shift: Inexact[Array, "*stats"],
-    total: Inexact[Array, "*stats"],
-    squares: Float[Array, "*stats"],
-    weight: Count,
+    sums: Callable[..., tuple[Array, Array, Array]],
+    x: Inexact[Array, "*x"],
+    weights: Weights | None,
+    axes: Axes,
+    dtype: DTypeLike,
 ) -> tuple[Inexact[Array, "*stats"], Float[Array, "*stats"]]:
+    shift, total, squares = sums(x, weights, axes, dtype)
     # With d = x - s:  μ = s + Σwd / Σw  and  Σw|x-μ|² = Σw|d|² - |Σwd|² / Σw.
-    offset = divide_by_count(total, weight)
+    offset = divide_by_count(total, total_weight(x, weights, axes))
     m2 = squares - jnp.real(total * jnp.conj(offset))
     return shift + offset, _at_least_zero(m2)
 
@@ -90,8 +92,7 @@ def _moments_vjp(
     weights: Weights | None,
     axes: Axes,
 ) -> tuple[Inexact[Array, "*stats"], Float[Array, "*stats"]]:
-    sums = shifted_sums(x, weights, axes, x_acc.dtype)
-    return _formula(*sums, total_weight(x, weights, axes))
+    return _formula(shifted_sums, x, weights, axes, x_acc.dtype)
 
 
 Residuals = tuple[Array, Weights | None, Array]
@@ -104,8 +105,7 @@ def _moments_fwd(
     axes: Axes,
 ) -> tuple[tuple[Array, Array], Residuals]:
     # The formula, not `_moments_vjp`: jvp of grad passes through here.
-    sums = shifted_sums(x, weights, axes, x_acc.dtype)
-    mean, m2 = _formula(*sums, total_weight(x, weights, axes))
+    mean, m2 = _formula(shifted_sums, x, weights, axes, x_acc.dtype)
     return (mean, m2), (x, weights, mean)
 
 

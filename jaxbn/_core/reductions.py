@@ -4,8 +4,8 @@ The sums that read x (two forward, two backward) are the one part of the package
 knows platforms, because XLA treats two sums that share terms differently:
 
 - CPU: a sum of x, x² or dy·x runs at memory speed, but a cast that two sums share is
-  written out first, and so is a subtracted vector. Each sum therefore reads x by
-  itself, and unshifted sums serve where they do not cancel.
+  written out first, and so is a subtracted vector. Each sum of a large x therefore
+  reads x by itself, and unshifted sums serve where they do not cancel.
 - CUDA: XLA prices each sum alone and may write out the terms that two sums share. Both
   are therefore one sum of complex numbers.
 - elsewhere: two plain sums, which XLA fuses.
@@ -41,6 +41,17 @@ MIN_SIZE_FOR_CPU_FORMS = 2**18
 def abs_square(z: Array) -> Array:
     """Return |z|², real also for complex z."""
     return jnp.real(z * jnp.conj(z))
+
+
+def _two_sums(a: Array, b: Array, axes: Axes) -> Pair:
+    return sum_over(a, axes), sum_over(b, axes)
+
+
+def _packed_sums(a: Array, b: Array, axes: Axes) -> Pair:
+    if jnp.iscomplexobj(a):
+        return _two_sums(a, b, axes)
+    both = sum_over(lax.complex(a, b), axes)
+    return jnp.real(both), jnp.imag(both)
 
 
 def shifted_sums(
@@ -81,13 +92,13 @@ def _sums_unshifted_if_safe(
     var = divide_by_count(squares, n) - abs_square(mean)
     is_safe = _unshifted_is_safe(mean, var)
 
-    def sums_shifted_by_mean() -> Pair:
+    def far() -> Pair:
         # Divided again here, which XLA fuses: an operand costs a kernel.
-        mean = divide_by_count(total, n)
-        return _sums_shifted_by(mean, *_prevent_cse(x), weights, axes, dtype)
+        shift = divide_by_count(total, n)
+        return _sums_shifted_by(shift, *_prevent_cse(x), weights, axes, dtype)
 
-    sums = lax.cond(is_safe, lambda: (total, squares), sums_shifted_by_mean)
-    return jnp.where(is_safe, jnp.zeros_like(mean), mean), *sums
+    sums = lax.cond(is_safe, lambda: (total, squares), far)
+    return jnp.where(is_safe, 0, mean), *sums
 
 
 def _sums_shifted_by_mean(
@@ -114,12 +125,12 @@ def _sums_shifted_by(
     weights: Weights | None,
     axes: Axes,
     dtype: DTypeLike,
-    sum_pair: SumPair | None = None,
+    sum_pair: SumPair = _two_sums,
 ) -> Pair:
     """Return Σ w(x-s) and Σ w|x-s|², the second from `x_copy`."""
     deviation, other = x.astype(dtype) - shift, x_copy.astype(dtype) - shift
     squares = apply_weights(abs_square(other), weights)
-    return (sum_pair or _two_sums)(apply_weights(deviation, weights), squares, axes)
+    return sum_pair(apply_weights(deviation, weights), squares, axes)
 
 
 def product_sums(
@@ -178,17 +189,6 @@ def materialize_on_cpu(x: Array, *vectors: Array) -> tuple[Array, ...]:
 def _is_large(x: Array) -> bool:
     """Decide whether the CPU's forms pay; a symbolic size counts as large."""
     return not isinstance(x.size, int) or x.size >= MIN_SIZE_FOR_CPU_FORMS
-
-
-def _two_sums(a: Array, b: Array, axes: Axes) -> Pair:
-    return sum_over(a, axes), sum_over(b, axes)
-
-
-def _packed_sums(a: Array, b: Array, axes: Axes) -> Pair:
-    if jnp.iscomplexobj(a):
-        return _two_sums(a, b, axes)
-    both = sum_over(lax.complex(a, b), axes)
-    return jnp.real(both), jnp.imag(both)
 
 
 def _prevent_cse(x: Array) -> Pair:

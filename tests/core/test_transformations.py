@@ -97,19 +97,20 @@ def test_plain_autodiff_supports_jvp_and_linearize(small, rng):
     np.testing.assert_allclose(linear(*tangents), expected, rtol=1e-10)
 
 
+def plain_forward(case, train):
+    """Return batch_norm of the case as a function of x, by plain autodiff."""
+    scale, bias, mean, var = map(jnp.asarray, case[1:5])
+    params = jaxbn.BatchNormParams(scale, bias)
+    state = jaxbn.BatchNormState(mean, var, jnp.float32(3))
+    return lambda x: jaxbn.batch_norm(params, state, x, train, autodiff="jax")
+
+
 @pytest.mark.parametrize("train", [True, False])
 @pytest.mark.parametrize("n", [8, 65536])  # small and large for the CPU's sums
 def test_plain_autodiff_is_plain_jax(n, train, rng):
     """It has primitives that every transformation knows, and no custom rule."""
     case = rounded(random_case(rng, (n, 4)), "float32")
-
-    def forward(x):
-        scale, bias, mean, var = map(jnp.asarray, case[1:5])
-        params = jaxbn.BatchNormParams(scale, bias)
-        state = jaxbn.BatchNormState(mean, var, jnp.float32(3))
-        return jaxbn.batch_norm(params, state, x, train, autodiff="jax")
-
-    text = str(jax.make_jaxpr(forward)(case.x))
+    text = str(jax.make_jaxpr(plain_forward(case, train))(case.x))
     assert "reduce_sum" in text or not train
     for word in ("cond", "platform", "custom", "barrier"):
         assert word not in text
@@ -122,10 +123,7 @@ def test_taylor_mode_matches_nested_jvp(n, train, rng):
     v = jnp.asarray(rng.normal(size=(n, 2)), jnp.float32)
 
     def forward(x):
-        scale, bias, mean, var = map(jnp.asarray, case[1:5])
-        params = jaxbn.BatchNormParams(scale, bias)
-        state = jaxbn.BatchNormState(mean, var, jnp.float32(3))
-        return jaxbn.batch_norm(params, state, x, train, autodiff="jax")[0]
+        return plain_forward(case, train)(x)[0]
 
     def derivative(x):
         return jax.jvp(forward, (x,), (v,))[1]

@@ -253,13 +253,14 @@ def test_compile_table_has_a_line_per_program_and_library():
 
 @pytest.mark.parametrize("name", _ensemble.LIBRARIES)
 def test_every_member_of_an_ensemble_equals_reference(name, rng):
-    task, library = some_task(rng, momentum=0.0), _libraries.LIBRARIES[name]
-    program = _ensemble.ensemble_step(task, library, 3)
+    task = some_task(rng, momentum=0.0)
+    layer = _libraries.LIBRARIES[name].build(task)
+    program = _ensemble.ensemble_step(task, layer, 3)
     expected = _task.reference(task)
-    _ensemble.check_members(task, library, program, expected, 3)
+    _ensemble.check_members(task, layer, program, expected, 3)
     wrong = expected._replace(dx=expected.dx + 1)
     with pytest.raises(RuntimeError, match="member 0 of 3: dx is off by"):
-        _ensemble.check_members(task, library, program, wrong, 3)
+        _ensemble.check_members(task, layer, program, wrong, 3)
 
 
 @pytest.mark.parametrize("name", _drift.LIBRARIES)
