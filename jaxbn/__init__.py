@@ -9,6 +9,7 @@ import types
 import typing
 
 from ._core.batch_norm import batch_norm as batch_norm
+from ._core.checkpoint import checkpoint_policy as checkpoint_policy
 from ._core.variables import BatchNormParams as BatchNormParams
 from ._core.variables import BatchNormState as BatchNormState
 from ._core.variables import init as init
@@ -26,6 +27,7 @@ __all__ = [
     "BatchNormParams",
     "BatchNormState",
     "batch_norm",
+    "checkpoint_policy",
     "fold",
     "inference_affine",
     "init",

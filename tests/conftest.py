@@ -18,6 +18,20 @@ jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 
+def pytest_addoption(parser):
+    parser.addoption(
+        "--form", help="run every sum in the form of this platform, for instance tpu"
+    )
+
+
+@pytest.fixture(scope="session", autouse=True)
+def form_of_every_sum(request):
+    if platform := request.config.getoption("--form"):
+        from helpers import take_form  # not before jaxtyping hooks into its imports
+
+        take_form(platform)
+
+
 @pytest.fixture
 def rng() -> np.random.Generator:
     return np.random.default_rng(1502_03167)

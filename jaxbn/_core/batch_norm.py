@@ -16,6 +16,7 @@ from jax.typing import ArrayLike, DTypeLike
 from jaxtyping import Inexact
 
 from .axes import check_axis, expand_features, reduction_axes, squeeze_features
+from .checkpoint import name_saved
 from .dtypes import accumulation_dtype, real_dtype
 from .moments import Moments, moments
 from .normalize import normalize
@@ -195,6 +196,8 @@ def _batch_norm(
     def squeeze(stats: Array, vector: Array) -> Array:
         return shard_like(squeeze_features(stats, options.axis), vector)
 
+    if closed_form:
+        x = name_saved(x)
     # The gradient leaves through x_acc, so that the two parts, from moments and from
     # normalize, are added before they are rounded to x's dtype. The values come from
     # x, which is saved.
@@ -205,7 +208,10 @@ def _batch_norm(
     mean, var = running.mean, running.var
     if options.train:
         with jax.named_scope("jaxbn.moments"):
-            local = moments(x_acc, x, mask, axes, closed_form=closed_form)
+            guess = running.mean, running.var
+            local = moments(
+                *(x_acc, x, mask, axes), closed_form=closed_form, guess=guess
+            )
         with jax.named_scope("jaxbn.merge"):
             batch = merge(local, options.axis_name, options.axis_index_groups)
         mean, var = _batch_or_running(batch, running)

@@ -14,7 +14,8 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Inexact, Real
 
 from .axes import Axes
-from .reductions import materialize_on_cpu, plain_shifted_sums, shifted_sums
+from .checkpoint import name_saved
+from .reductions import Guess, materialize_on_cpu, plain_shifted_sums, shifted_sums
 from .sharding import match_vma
 from .weights import (
     Weights,
@@ -47,16 +48,19 @@ def moments(
     axes: Axes,
     *,
     closed_form: bool,
+    guess: Guess | None = None,
 ) -> Moments:
     """Compute the moments of `x` over `axes`, in the dtype of `x_acc`.
 
     `x_acc` is x in the accumulation dtype. With `closed_form` the values come from x,
     which is saved for the backward pass, while the gradient leaves through `x_acc`: it
     is added to the gradient from `normalize` before the sum is rounded to x's dtype.
+    `guess` is a mean and a variance known before x; none of the results depends on it
+    beyond rounding.
     """
     weights = make_weights(x, mask, axes, x_acc.dtype)
     if closed_form:
-        mean, m2 = _moments_vjp(*match_vma(x_acc, x, weights), axes)
+        mean, m2 = _moments_vjp(*match_vma(x_acc, x, weights, guess), axes)
     else:
         mean, m2 = _formula(plain_shifted_sums, x_acc, weights, axes, x_acc.dtype)
     var = divide_by_count(m2, total_weight(x, weights, axes))
@@ -85,14 +89,15 @@ def _at_least_zero(m2: Float[Array, "*stats"]) -> Float[Array, "*stats"]:
     return m2 + lax.stop_gradient(jnp.maximum(-m2, 0))
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(3,))
+@partial(jax.custom_vjp, nondiff_argnums=(4,))
 def _moments_vjp(
     x_acc: Inexact[Array, "*x"],
     x: Inexact[Array, "*x"],
     weights: Weights | None,
+    guess: Guess | None,
     axes: Axes,
 ) -> tuple[Inexact[Array, "*stats"], Float[Array, "*stats"]]:
-    return _formula(shifted_sums, x, weights, axes, x_acc.dtype)
+    return _formula(partial(shifted_sums, guess=guess), x, weights, axes, x_acc.dtype)
 
 
 Residuals = tuple[Array, Weights | None, Array]
@@ -102,16 +107,20 @@ def _moments_fwd(
     x_acc: Inexact[Array, "*x"],
     x: Inexact[Array, "*x"],
     weights: Weights | None,
+    guess: Guess | None,
     axes: Axes,
 ) -> tuple[tuple[Array, Array], Residuals]:
     # The formula, not `_moments_vjp`: jvp of grad passes through here.
-    mean, m2 = _formula(shifted_sums, x, weights, axes, x_acc.dtype)
+    mean, m2 = _formula(
+        partial(shifted_sums, guess=guess), x, weights, axes, x_acc.dtype
+    )
+    mean, m2 = name_saved((mean, m2))
     return (mean, m2), (x, weights, mean)
 
 
 def _moments_bwd(
     axes: Axes, residuals: Residuals, cotangents: tuple[Array, Array]
-) -> tuple[Array, None, None]:
+) -> tuple[Array, None, None, None]:
     """Apply steps 8 and 9 of docs/mathematics.md; its step 5 is zero: Σ w(x-μ) = 0.
 
     8.  ∂μ/∂xᵢ  = wᵢ / Σw
@@ -122,7 +131,7 @@ def _moments_bwd(
     offset = divide_by_count(dmean, total_weight(x, weights, axes))
     mean, offset, slope = materialize_on_cpu(x, mean, offset, 2 * dm2)
     dx = offset + slope * (x.astype(mean.dtype) - mean)
-    return apply_weights(dx, weights), None, None
+    return apply_weights(dx, weights), None, None, None
 
 
 _moments_vjp.defvjp(_moments_fwd, _moments_bwd)

@@ -8,6 +8,8 @@ knows platforms, because XLA treats two sums that share terms differently:
   reads x by itself, and unshifted sums serve where they do not cancel.
 - CUDA: XLA prices each sum alone and may write out the terms that two sums share. Both
   are therefore one sum of complex numbers.
+- TPU: two plain sums, which XLA fuses into the convolution that computes x if they wait
+  for nothing that is computed from x.
 - elsewhere: two plain sums, which XLA fuses.
 """
 
@@ -23,10 +25,13 @@ from jax.typing import DTypeLike
 from jaxtyping import Bool, Float, Inexact
 
 from .axes import Axes
+from .column_sums import sum_columns
+from .dtypes import real_dtype
 from .weights import Weights, apply_weights, divide_by_count, sum_over, total_weight
 
 Pair = tuple[Array, Array]
-SumPair = Callable[[Array, Array, Axes], Pair]
+Sums = Callable[..., tuple[Array, ...]]  # from axes and arrays, their sums
+Guess = tuple[Array, Array]  # a mean and a variance that x may have
 
 SAMPLE_STRIDE = 64
 
@@ -43,30 +48,37 @@ def abs_square(z: Array) -> Array:
     return jnp.real(z * jnp.conj(z))
 
 
-def _two_sums(a: Array, b: Array, axes: Axes) -> Pair:
-    return sum_over(a, axes), sum_over(b, axes)
+def _plain_sums(axes: Axes, *arrays: Array) -> tuple[Array, ...]:
+    return tuple(sum_over(array, axes) for array in arrays)
 
 
-def _packed_sums(a: Array, b: Array, axes: Axes) -> Pair:
-    if jnp.iscomplexobj(a):
-        return _two_sums(a, b, axes)
-    both = sum_over(lax.complex(a, b), axes)
+def _packed_sums(axes: Axes, *arrays: Array) -> tuple[Array, ...]:
+    """Sum two real arrays as one complex array."""
+    if len(arrays) < 2 or jnp.iscomplexobj(arrays[0]):
+        return tuple(sum_columns(array, axes) for array in arrays)
+    both = sum_columns(lax.complex(*arrays), axes)
     return jnp.real(both), jnp.imag(both)
 
 
 def shifted_sums(
-    x: Inexact[Array, "*x"], weights: Weights | None, axes: Axes, dtype: DTypeLike
+    x: Inexact[Array, "*x"],
+    weights: Weights | None,
+    axes: Axes,
+    dtype: DTypeLike,
+    guess: Guess | None,
 ) -> tuple[Array, Array, Array]:
-    """Return `plain_shifted_sums` in the form that the platform likes."""
-    static = {"axes": axes, "dtype": dtype}
-    by_sample = partial(_sums_shifted_by_sample, **static)
+    """Return `plain_shifted_sums` in the form that the platform likes.
+
+    `guess` may be wrong, NaN or `None`: it decides on speed, not on accuracy.
+    """
+    by_sample = partial(_sums_shifted_by_sample, axes=axes, dtype=dtype)
     cpu = _sums_unshifted_if_safe if _is_large(x) else _sums_shifted_by_mean
     return lax.platform_dependent(
-        x,
-        weights,
-        cpu=partial(cpu, **static),
-        cuda=partial(by_sample, sum_pair=_packed_sums),
-        default=partial(by_sample, sum_pair=_two_sums),
+        *(x, weights, guess),
+        cpu=lambda x, weights, _: cpu(x, weights, axes, dtype),
+        cuda=lambda x, weights, _: by_sample(x, weights, sums=_packed_sums),
+        tpu=partial(_sums_shifted_by_guess_if_safe, axes=axes, dtype=dtype),
+        default=lambda x, weights, _: by_sample(x, weights, sums=_plain_sums),
     )
 
 
@@ -79,7 +91,7 @@ def plain_shifted_sums(
     Computing the Sample Variance", 1983); one near the mean keeps Σ|x-s|² from
     cancelling, as Σx² does. So s is a constant to autodiff.
     """
-    return _sums_shifted_by_sample(x, weights, axes, dtype, _two_sums)
+    return _sums_shifted_by_sample(x, weights, axes, dtype, _plain_sums)
 
 
 def _sums_unshifted_if_safe(
@@ -101,6 +113,47 @@ def _sums_unshifted_if_safe(
     return jnp.where(is_safe, 0, mean), *sums
 
 
+def _sums_shifted_by_guess_if_safe(
+    x: Array,
+    weights: Weights | None,
+    guess: Guess | None,
+    axes: Axes,
+    dtype: DTypeLike,
+) -> tuple[Array, Array, Array]:
+    """Return `shifted_sums` for a guess if they do not cancel, else by a sample.
+
+    The guess does not wait for x, so that the sums can be fused with what computes x.
+    """
+    shift = _shift_from_guess(guess, dtype)
+    total, squares = _sums_shifted_by(shift, x, x, weights, axes, dtype)
+    n = total_weight(x, weights, axes)
+    offset = divide_by_count(total, n)
+    is_safe = _unshifted_is_safe(
+        offset, divide_by_count(squares, n) - abs_square(offset)
+    )
+    near = jnp.broadcast_to(shift, total.shape), total, squares
+    # The near branch is handed nothing: libtpu 0.0.52 dies of a conditional with a
+    # branch that is handed all results of a fusion.
+    far = lax.cond(
+        is_safe,
+        lambda: jax.tree.map(jnp.zeros_like, near),
+        lambda: _sums_shifted_by_sample(x, weights, axes, dtype, _plain_sums),
+    )
+    return jax.tree.map(partial(jnp.where, is_safe), near, far)
+
+
+def _shift_from_guess(guess: Guess | None, dtype: DTypeLike) -> Array:
+    """Return the guessed mean where it is far from 0 beside the deviation, else 0.
+
+    The running mean of a feature that died decays for ever, and sums about it cancel.
+    """
+    if guess is None:
+        return jnp.zeros((), dtype)
+    mean, var = guess[0].astype(dtype), guess[1].astype(real_dtype(dtype))
+    is_far = jnp.isfinite(mean) & (abs_square(mean) > MAX_SQUARED_MEAN_TO_VAR * var)
+    return lax.stop_gradient(jnp.where(is_far, mean, 0))
+
+
 def _sums_shifted_by_mean(
     x: Array, weights: Weights | None, axes: Axes, dtype: DTypeLike
 ) -> tuple[Array, Array, Array]:
@@ -111,11 +164,11 @@ def _sums_shifted_by_mean(
 
 
 def _sums_shifted_by_sample(
-    x: Array, weights: Weights | None, axes: Axes, dtype: DTypeLike, sum_pair: SumPair
+    x: Array, weights: Weights | None, axes: Axes, dtype: DTypeLike, sums: Sums
 ) -> tuple[Array, Array, Array]:
     """Return `shifted_sums` for the mean of a sample of `x`."""
-    shift = lax.stop_gradient(_shift_from_sample(x, weights, axes, dtype))
-    return shift, *_sums_shifted_by(shift, x, x, weights, axes, dtype, sum_pair)
+    shift = lax.stop_gradient(_shift_from_sample(x, weights, axes, dtype, sums))
+    return shift, *_sums_shifted_by(shift, x, x, weights, axes, dtype, sums)
 
 
 def _sums_shifted_by(
@@ -125,12 +178,13 @@ def _sums_shifted_by(
     weights: Weights | None,
     axes: Axes,
     dtype: DTypeLike,
-    sum_pair: SumPair = _two_sums,
+    sums: Sums = _plain_sums,
 ) -> Pair:
     """Return Σ w(x-s) and Σ w|x-s|², the second from `x_copy`."""
     deviation, other = x.astype(dtype) - shift, x_copy.astype(dtype) - shift
     squares = apply_weights(abs_square(other), weights)
-    return sum_pair(apply_weights(deviation, weights), squares, axes)
+    total, squares = sums(axes, apply_weights(deviation, weights), squares)
+    return total, squares
 
 
 def product_sums(
@@ -142,20 +196,22 @@ def product_sums(
 ) -> Pair:
     """Return Σ dy and Σ dy·(x - μ) of each feature, in the dtype of μ."""
     with_deviation = partial(_products_with_deviation, axes=axes)
-    plain = partial(with_deviation, sum_pair=_two_sums)
+    plain = partial(with_deviation, sums=_plain_sums)
     return lax.platform_dependent(
         *(dy, x, mean, var),
         cpu=partial(_products_unshifted_if_safe, axes=axes) if _is_large(x) else plain,
-        cuda=partial(with_deviation, sum_pair=_packed_sums),
+        cuda=partial(with_deviation, sums=_packed_sums),
         default=plain,
     )
 
 
 def _products_with_deviation(
-    dy: Array, x: Array, mean: Array, var: Array, axes: Axes, sum_pair: SumPair
+    dy: Array, x: Array, mean: Array, var: Array, axes: Axes, sums: Sums
 ) -> Pair:
     del var
-    return sum_pair(dy.astype(mean.dtype), _products(dy, x, mean, mean.dtype), axes)
+    products = _products(dy, x, mean, mean.dtype)
+    total, products = sums(axes, dy.astype(mean.dtype), products)
+    return total, products
 
 
 def _products_unshifted_if_safe(
@@ -219,7 +275,7 @@ def _all_members(
 
 
 def _shift_from_sample(
-    x: Array, weights: Weights | None, axes: Axes, dtype: DTypeLike
+    x: Array, weights: Weights | None, axes: Axes, dtype: DTypeLike, sums: Sums
 ) -> Array:
     """Estimate the mean from a small sample; with a mask, from all unmasked elements.
 
@@ -227,12 +283,12 @@ def _shift_from_sample(
     """
     if weights is None:
         x = _sample(x, axes)
-    total = sum_over(apply_weights(x.astype(dtype), weights), axes)
+    (total,) = sums(axes, apply_weights(x.astype(dtype), weights))
     return divide_by_count(total, total_weight(x, weights, axes))
 
 
 def _sample(x: Array, axes: Axes) -> Array:
-    """Return a leading block of one element in `SAMPLE_STRIDE`, mostly contiguous.
+    """Return one element in `SAMPLE_STRIDE`: a leading block, and every k-th example.
 
     The mean of any k of n values lies within √(n/k - 1) standard deviations of the
     mean of all, so that even a sample of outliers costs no more than a factor n/k ≤ 64
@@ -240,11 +296,15 @@ def _sample(x: Array, axes: Axes) -> Array:
     """
     spec = jax.typeof(x).sharding.spec
     one_in = SAMPLE_STRIDE
-    for axis in (*axes[1:], *axes[:1]):  # the batch, which is often sharded, comes last
+    for axis in (*axes[1:], *axes[:1]):  # the batch comes last
         size = x.shape[axis]
-        # JAX slices neither a sharded nor a symbolic axis.
+        # JAX slices neither an explicitly sharded nor a symbolic axis.
         if one_in > 1 and spec[axis] is None and isinstance(size, int):
             length = math.ceil(size / one_in)
+            # Every k-th example, because a leading block lies on few of the devices
+            # that share the batch. Along the last axis a block is read in one piece.
+            is_batch = axis == axes[0] < x.ndim - 1
+            end, stride = (size, one_in) if is_batch else (length, 1)
+            x = lax.slice_in_dim(x, 0, end, stride, axis)
             one_in = one_in * length // max(size, 1)
-            x = lax.slice_in_dim(x, 0, length, axis=axis)
     return x

@@ -13,6 +13,7 @@ import numpy as np
 from jax import Array, lax
 from jaxtyping import Bool
 
+from .checkpoint import name_saved
 from .moments import Moments
 from .reductions import abs_square
 from .sharding import shard_like
@@ -95,7 +96,9 @@ def merge(local: Moments, axis_name: AxisName | None, groups: Groups | None) -> 
 
     def total(*parts: Array) -> list[Array]:
         sums = [jnp.sum(part, 0) for part in parts]
-        return sums if gathered else lax.psum(sums, axis_name, axis_index_groups=groups)
+        if gathered:
+            return sums
+        return name_saved(lax.psum(sums, axis_name, axis_index_groups=groups))
 
     weight, weighted = total(weights, weights.astype(means.dtype) * means)
     mean = divide_by_count(weighted, weight)
@@ -132,7 +135,7 @@ def _gather_moments(
     own = jnp.stack([m.astype(dtype) for m in moments])
     devices = jnp.arange(lax.axis_size(axis_name)).reshape(-1, *(1,) * own.ndim)
     table = jnp.where(devices == lax.axis_index(axis_name), own[None], 0)
-    table = lax.psum(table, axis_name)
+    table = name_saved(lax.psum(table, axis_name))
     if groups is not None:  # not by groups, which JAX sums only in some mappings
         table = jnp.where(_same_group(axis_name, groups, table.ndim), table, 0)
     return [

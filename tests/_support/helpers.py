@@ -4,14 +4,17 @@ import math
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 
 import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from oracle import Case, Result
 
 import jaxbn
+from jaxbn._core import reductions
 
 # Relative to the largest entry of each array, because sums of float32 elements round at
 # the size of the sum. Half precision rounds x, dy, y and dx once each.
@@ -82,6 +85,21 @@ def assert_close(actual: Result, expected: Result, tolerance):
         assert_near(got, want, tolerance, sizes.get(name, 0.0), err_msg=name)
 
 
+def take_form(platform: str, patch: Callable[..., None] = setattr) -> None:
+    """Run one platform's form of the sums anywhere; "cpu small" is that of small x.
+
+    `patch` is `monkeypatch.setattr` where it is for one test.
+    """
+    platform, *small = platform.split()
+
+    def choose(*arrays, **forms):
+        return forms.get(platform, forms["default"])(*arrays)
+
+    jax.clear_caches()  # jit does not see the change
+    patch(jax.lax, "platform_dependent", choose)
+    patch(reductions, "MIN_SIZE_FOR_CPU_FORMS", math.inf if small else 0)
+
+
 def saved_residuals(function, *primals) -> list[jax.Array]:
     """Return the distinct arrays that the backward pass of `function` keeps."""
     _, vjp = jax.vjp(function, *primals)
@@ -102,15 +120,44 @@ def run_script(script: str, **options) -> str:
     return done.stdout
 
 
-def collectives(function, *arguments) -> list[tuple[str, int]]:
-    """Return kind and number of floats of each collective in the compiled program."""
+def collectives(function, *arguments, branches=True) -> list[tuple[str, int]]:
+    """Return kind and number of floats of each collective in the compiled program.
+
+    Without `branches`, those inside conditionals are left out.
+    """
     text = str(jax.jit(function).lower(*arguments).compile().as_text())
+    if not branches:
+        text = text[text.index("\nENTRY ") :]
     kinds = "all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute"
     found = re.findall(rf"= (\(.*?\)|\S+) ({kinds})(?:-start)?\(", text)
     return [(kind, count_floats(shapes)) for shapes, kind in found]
 
 
+def sharded_step(shape: tuple[int, ...], devices: int) -> tuple:
+    """Return a training step, and its arguments with rows on several devices."""
+    mesh = jax.make_mesh((devices,), ("data",), axis_types=(AxisType.Auto,))
+    where = NamedSharding(mesh, PartitionSpec("data"))
+    x = jax.ShapeDtypeStruct(shape, jnp.float32, sharding=where)
+    params, state = jaxbn.init(shape[-1])
+
+    def step(x, dy):
+        def apply(params, x):
+            return jaxbn.batch_norm(params, state, x, True)
+
+        y, vjp, new = jax.vjp(apply, params, x, has_aux=True)
+        y, dy = jax.lax.optimization_barrier((y, dy))
+        return y, new, vjp(dy)
+
+    return step, x, x
+
+
 def count_floats(shapes: str) -> int:
-    """Return the number of floats in HLO shapes: 10 for (f32[2,3]{1,0}, f32[4]{0})."""
-    sizes = re.findall(r"f32\[([\d,]*)\]", shapes)
-    return sum(math.prod(map(int, filter(None, size.split(",")))) for size in sizes)
+    """Return the number of floats in HLO shapes: 10 for (f32[2,3]{1,0}, f32[4]{0}).
+
+    A complex number is two floats.
+    """
+    sizes = re.findall(r"(f32|c64)\[([\d,]*)\]", shapes)
+    return sum(
+        math.prod(map(int, filter(None, size.split(",")))) * (1 + (dtype == "c64"))
+        for dtype, size in sizes
+    )

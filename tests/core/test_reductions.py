@@ -1,6 +1,5 @@
 """Run the form of the sums for each platform; each is plain JAX and runs anywhere."""
 
-import math
 import re
 
 import chex
@@ -8,13 +7,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import TOLERANCE, assert_close, rounded, run
+from helpers import (
+    TOLERANCE,
+    assert_close,
+    collectives,
+    rounded,
+    run,
+    sharded_step,
+    take_form,
+)
 from oracle import random_case, train_step
 
 import jaxbn
 from jaxbn._core import reductions
 
-FORMS = ["cpu", "cpu small", "cuda", "default"]
+FORMS = ["cpu", "cpu small", "cuda", "tpu", "default"]
 MASKS = {
     "none": lambda rng: None,
     "bool": lambda rng: rng.random((6, 1, 1)) < 0.6,
@@ -24,15 +31,8 @@ MASKS = {
 
 @pytest.fixture(params=FORMS)
 def form(request, monkeypatch):
-    """Run the form of one platform on any platform; "cpu small" is that of small x."""
-    platform, *small = request.param.split()
-
-    def choose(*arrays, **forms):
-        return forms.get(platform, forms["default"])(*arrays)
-
-    jax.clear_caches()  # jit does not see the change
-    monkeypatch.setattr(jax.lax, "platform_dependent", choose)
-    monkeypatch.setattr(reductions, "MIN_SIZE_FOR_CPU_FORMS", math.inf if small else 0)
+    """Run the form of one platform on any platform."""
+    take_form(request.param, monkeypatch.setattr)
     yield request.param
     jax.clear_caches()
 
@@ -147,14 +147,127 @@ def lowered(platform, shape, dtype=jnp.float32):
     return trace.lower(lowering_platforms=(platform,)).as_text()
 
 
-@pytest.mark.parametrize("platform", ["cuda", "rocm", "tpu"])
-def test_accelerator_programs_contain_no_cpu_form(platform):
+@pytest.fixture
+def tpu_form(monkeypatch):
+    take_form("tpu", monkeypatch.setattr)
+    yield
+    jax.clear_caches()
+
+
+# Of the running statistics, which a TPU takes for a guess; x has standard deviation 1.
+GUESSES = {
+    "cold": lambda loc: (0.0, 1.0),
+    "warm": lambda loc: (loc + 0.01, 1.0),
+    "stale": lambda loc: (-3 * loc - 1, 1e-3),
+    "dead": lambda loc: (1e-20, 1e-10),
+    "huge": lambda loc: (1e30, 1.0),
+    "infinite": lambda loc: (np.inf, 1.0),
+    "NaN": lambda loc: (np.nan, np.nan),
+}
+
+
+def state_guessing(guess, loc, features):
+    mean, var = (jnp.full(features, v, jnp.float32) for v in GUESSES[guess](loc))
+    return jaxbn.BatchNormState(mean, var, jnp.float32(1))
+
+
+@pytest.mark.usefixtures("tpu_form")
+@pytest.mark.parametrize("loc", [0.0, 3.0, 100.0, 1e4])
+@pytest.mark.parametrize("guess", GUESSES)
+def test_variance_is_accurate_for_any_running_statistics(guess, loc, rng):
+    x = (rng.normal(size=(20_000, 3)) + loc).astype(np.float32)
+    params, _ = jaxbn.init(3)
+    state = state_guessing(guess, loc, 3)
+    y, new = jaxbn.batch_norm(params, state, x, True, momentum=0.0)
+    exact = x.astype(np.float64)
+    np.testing.assert_allclose(new.var, exact.var(0, ddof=1), rtol=5e-6)
+    np.testing.assert_allclose(new.mean, exact.mean(0), rtol=1e-6, atol=2e-6)
+    expected = (exact - exact.mean(0)) / np.sqrt(exact.var(0) + 1e-5)
+    np.testing.assert_allclose(y, expected, rtol=0, atol=2e-5 + 1e-6 * loc)
+
+
+@pytest.mark.usefixtures("tpu_form")
+@pytest.mark.parametrize("guess", GUESSES)
+def test_second_derivative_does_not_depend_on_running_statistics(guess, rng):
+    """A select between two sums must not multiply the infinite ones by 0."""
+    params, _ = jaxbn.init(2)
+    x = jnp.asarray(rng.normal(size=(16, 2)) + 50, jnp.float32)
+    weights = jnp.asarray(rng.normal(size=(16, 2)), jnp.float32)
+
+    def squared_gradient(x, state):
+        def loss(x):
+            y, _ = jaxbn.batch_norm(params, state, x, True)
+            return jnp.sum(jnp.sin(y) * weights)
+
+        return jnp.sum(jax.grad(loss)(x) ** 2)
+
+    actual = jax.grad(squared_gradient)(x, state_guessing(guess, 50.0, 2))
+    expected = jax.grad(squared_gradient)(x, jaxbn.init(2)[1])
+    np.testing.assert_allclose(actual, expected, rtol=0, atol=1e-3)
+
+
+@pytest.mark.usefixtures("tpu_form")
+@pytest.mark.parametrize("guess", GUESSES)
+@pytest.mark.parametrize("mask", ["bool", "float"])
+def test_masked_moments_do_not_depend_on_running_statistics(guess, mask, rng):
+    case = rounded(random_case(rng, (6, 5, 3), loc=50.0), "float32")
+    state = state_guessing(guess, 50.0, 3)
+    weights = MASKS[mask](rng)
+    _, new = jaxbn.batch_norm(
+        jaxbn.init(3)[0], state, case.x, True, mask=weights, momentum=0.0
+    )
+    expected = train_step(case, mask=weights, momentum=0.0)
+    np.testing.assert_allclose(new.mean, expected.mean, rtol=1e-6)
+    np.testing.assert_allclose(new.var, expected.var, rtol=1e-4)
+
+
+@pytest.mark.usefixtures("tpu_form")
+@pytest.mark.parametrize("shape", [(4096, 256), (24, 16, 16, 64), (40, 8)], ids=str)
+def test_sharded_tpu_form_needs_two_all_reduces_while_its_sums_are_accurate(shape):
+    """One in each direction, of two vectors, as Flax's. A branch holds the others."""
+    step = sharded_step(shape, 8)
+    assert collectives(*step, branches=False) == [("all-reduce", 2 * shape[-1])] * 2
+    kinds = {kind for kind, _ in collectives(*step)}
+    assert kinds <= {"all-reduce", "collective-permute"}
+
+
+@pytest.mark.parametrize(
+    ("guess", "loc", "shift"),
+    [
+        ("cold", 3.0, 0.0),
+        ("warm", 3.0, 0.0),
+        ("dead", 0.0, 0.0),
+        ("warm", 100.0, 100.01),
+        ("cold", 100.0, 100.0),
+        ("stale", 100.0, 100.0),
+        ("NaN", 3.0, 0.0),
+    ],
+)
+def test_tpu_form_shifts_by_the_guess_unless_its_sums_cancel(guess, loc, shift, rng):
+    """The last resort is the mean of a sample, here within 0.3 of the mean."""
+    x = jnp.asarray(rng.normal(size=(20_000, 3)) + loc, jnp.float32)
+    mean, var, _ = state_guessing(guess, loc, (1, 3))
+    chosen, *_ = reductions._sums_shifted_by_guess_if_safe(
+        x, None, (mean, var), (0,), jnp.float32
+    )
+    is_sampled = guess in ("cold", "stale") and loc == 100
+    np.testing.assert_allclose(chosen, np.full((1, 3), shift), atol=0.3 * is_sampled)
+
+
+@pytest.mark.program
+@pytest.mark.parametrize(
+    ("platform", "barriers"), [("cuda", 2), ("rocm", 0), ("tpu", 0)]
+)
+def test_accelerator_programs_contain_their_own_form_alone(platform, barriers):
+    """CUDA cuts the sums of both directions; a TPU tests whether sums cancel."""
     program = lowered(platform, (4096, 64))
-    assert "optimization_barrier" not in program
-    assert f"dense<{reductions.MAX_SQUARED_MEAN_TO_VAR:.6e}>" not in program
+    assert program.count("stablehlo.optimization_barrier") == barriers
+    limit = f"dense<{reductions.MAX_SQUARED_MEAN_TO_VAR:.6e}>"
+    assert (limit in program) == (platform == "tpu")
     assert ("complex" in program) == (platform == "cuda")
 
 
+@pytest.mark.program
 @pytest.mark.parametrize(("n", "conditionals"), [(128, 0), (4096, 2)])
 def test_cpu_program_has_one_conditional_per_direction_if_x_is_large(n, conditionals):
     program = lowered("cpu", (n, 64))
@@ -191,6 +304,7 @@ def assert_equal_to_single_calls(results, xs):
     chex.assert_trees_all_close(results, expected, rtol=2e-4, atol=2e-5)
 
 
+@pytest.mark.program
 @pytest.mark.parametrize("loc", [0.0, 80.0])
 def test_vmap_keeps_one_conditional_per_direction(loc, rng):
     xs = members(rng, 3, loc)
@@ -199,6 +313,7 @@ def test_vmap_keeps_one_conditional_per_direction(loc, rng):
     assert_equal_to_single_calls(ensemble(xs), xs)
 
 
+@pytest.mark.program
 def test_nested_vmap_keeps_one_conditional_per_direction(rng):
     xs = members(rng, 4, 80.0)
     ensemble = jax.jit(jax.vmap(jax.vmap(results_and_gradients)))
@@ -234,6 +349,7 @@ def test_second_derivatives_pass_through_vmap(rng):
     np.testing.assert_allclose(together, expected, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.program
 def test_sums_do_not_materialize_a_cast_of_x():
     """Casts of bfloat16 stay inside the sums on a CPU, which writes only y and dx."""
     shape = (64, 16, 16, 64)

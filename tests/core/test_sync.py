@@ -491,6 +491,7 @@ for devices in (64, 65):
     ]
 
 
+@pytest.mark.program
 @pytest.mark.parametrize(
     ("shape", "all_reduces"),
     [

@@ -1,0 +1,61 @@
+"""Sums of columns in two steps, where one step would leave most of a GPU idle.
+
+XLA:GPU gives 32 columns to a block of threads and, up to `MAX_UNCUT_ROWS` rows, all
+rows of them: an array of 4,096 × 256 occupies 8 of an H100's 132 processors. Writing x
+minus a vector to memory first then costs nothing beside it, and XLA does so.
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+
+from .axes import Axes
+from .weights import sum_over
+
+MAX_UNCUT_ROWS = 4096
+COLUMNS_PER_BLOCK = 32
+MIN_BLOCKS = 256  # about two for each processor of an H100
+MIN_RUN = 48  # shorter runs write too many sums
+
+
+def sum_columns(x: Array, axes: Axes) -> Array:
+    """Sum over `axes`, which stay with length 1, first over runs of rows if it pays."""
+    is_of_columns = axes != () and axes[-1] < x.ndim - 1  # XLA sums rows well
+    if not is_of_columns or not isinstance(x.size, int) or x.size == 0:
+        return sum_over(x, axes)
+    # The batch stays whole, however it is sharded, unless all rows are in its axis.
+    cut = next((a for a in axes[1:] if x.shape[a] > 1), axes[0])
+    num_runs = _num_runs(x, axes, cut)
+    if num_runs is None:
+        return sum_over(x, axes)
+    length = x.shape[cut] // num_runs
+    runs = x.reshape(*x.shape[:cut], num_runs, length, *x.shape[cut + 1 :])
+    sums = jnp.sum(runs, [a + 1 for a in axes if a >= cut], keepdims=True)
+    # The barrier keeps XLA from joining the two steps.
+    return sum_over(lax.optimization_barrier(jnp.squeeze(sums, cut + 1)), axes)
+
+
+def _num_runs(x: Array, axes: Axes, cut: int) -> int | None:
+    """Return the number of runs along axis `cut`, `None` for a single step."""
+    if jax.typeof(x).sharding.spec[cut] is not None:
+        return None  # JAX does not reshape an explicitly sharded axis
+    n = math.prod(x.shape[a] for a in axes)
+    outer = math.prod(x.shape[a] for a in axes if a < cut)
+    blocks_per_run = math.ceil(x.size // n / COLUMNS_PER_BLOCK)
+    if n > MAX_UNCUT_ROWS:  # XLA cuts these, mid-sized ones into many short runs
+        is_better = 128 <= n // outer <= MAX_UNCUT_ROWS
+        return 1 if is_better and outer * blocks_per_run >= MIN_BLOCKS else None
+    if cut == axes[0] and n.bit_count() > 1:
+        return None  # devices that share a power of two of rows hold whole runs
+    counts = [k for k in _divisors(x.shape[cut]) if n // outer // k >= MIN_RUN]
+    if not counts:
+        return None
+    filling = (k for k in counts if outer * k * blocks_per_run >= MIN_BLOCKS)
+    num_runs = next(filling, counts[-1])
+    return num_runs if outer * num_runs > 1 else None
+
+
+def _divisors(n: int) -> list[int]:
+    return [k for k in range(1, n + 1) if n % k == 0]
