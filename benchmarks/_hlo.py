@@ -35,6 +35,9 @@ class Instruction(NamedTuple):
     attributes: str
 
 
+Computations = dict[str, list[Instruction]]
+
+
 class Kernel(NamedTuple):
     """Hold the bytes that one kernel launch reads and writes."""
 
@@ -65,17 +68,22 @@ def kernels(hlo: str) -> list[Kernel]:
     ... ''')
     [Kernel(name='y', read=128, written=64)]
     """
-    computations = _computations(hlo)
-    entry = computations["ENTRY"]
+    program = computations(hlo)
+    entry = program["ENTRY"]
     sizes = {i.name: _size(i) for i in entry}
     return [
-        Kernel(i.name, _bytes_read(i, sizes, computations), sizes[i.name])
+        Kernel(i.name, _bytes_read(i, sizes, program), sizes[i.name])
         for i in entry
         if i.op not in NO_TRAFFIC
     ]
 
 
-def _computations(hlo: str) -> dict[str, list[Instruction]]:
+def main_computation(hlo: str) -> str:
+    """Return the text of the entry computation, without branches and fusions."""
+    return hlo[hlo.index("\nENTRY ") :]
+
+
+def computations(hlo: str) -> Computations:
     """Parse the instructions of each computation; the entry is named "ENTRY"."""
     hlo = re.sub(r"/\*.*?\*/", "", hlo)  # comments: /*index=5*/
     return {
@@ -98,10 +106,10 @@ def _size(instruction: Instruction) -> int:
     arrays = ARRAY.findall(instruction.type)
     if instruction.op == "custom-call":
         arrays = [(dtype, shape) for dtype, shape in arrays if dtype != "u8"]
-    return sum(_array_size(dtype, shape) for dtype, shape in arrays)
+    return sum(array_size(dtype, shape) for dtype, shape in arrays)
 
 
-def _array_size(dtype: str, shape: str) -> int:
+def array_size(dtype: str, shape: str) -> int:
     bits = re.search(r"\d+", dtype)  # the first number: 8 in f8e4m3fn
     width = max(int(bits[0]) // 8, 1) if bits else 1  # pred
     return width * math.prod(int(n) for n in shape.split(",") if n)
@@ -110,7 +118,7 @@ def _array_size(dtype: str, shape: str) -> int:
 def _bytes_read(
     instruction: Instruction,
     sizes: dict[str, int],
-    computations: dict[str, list[Instruction]],
+    program: Computations,
 ) -> int:
     """Return the bytes read; an operand that is named twice counts once."""
     if instruction.op in UNCOUNTABLE:
@@ -119,7 +127,7 @@ def _bytes_read(
             f"{instruction.op} %{instruction.name}. Unroll it, or count its body."
         )
     called = re.search(r"calls=%([\w.-]+)", instruction.attributes)
-    sliced = _sliced(computations[called[1]]) if called else {}
+    sliced = _sliced(program[called[1]]) if called else {}
     read: dict[str, int] = {}
     for i, operand in enumerate(instruction.operands):
         size = sliced.get(i, sizes.get(operand, 0))

@@ -5,6 +5,7 @@ memory that a program moves and holds, not the time that it takes.
 """
 
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,7 +15,8 @@ import numpy as np
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from ._hlo import traffic
+from . import _tpu_hlo
+from ._hlo import main_computation, traffic
 
 H100 = Path(__file__).with_name("h100.txtpb")
 # libtpu reads these from a TPU host; this machine is not one.
@@ -22,42 +24,68 @@ V5E = {
     "TPU_SKIP_MDS_QUERY": "1",
     "TPU_ACCELERATOR_TYPE": "v5litepod-4",
     "TPU_WORKER_HOSTNAMES": "localhost",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # several processes may compile at once
 }
 COMPILER_PACKAGES = {"h100": "jax-cuda12-plugin", "v5e": "libtpu"}
 
 
 class Cost(NamedTuple):
-    """Hold the bytes that a program reads and writes, and its temporary memory."""
+    """Hold the figures of a compiled program; what a chip does not tell is `None`.
 
-    traffic: float
+    `traffic` is the bytes read and written in the chip's main memory, `accessed` what
+    XLA's cost analysis says. `fused` is the number of fusions that hold a convolution
+    and a reduction.
+    """
+
+    traffic: int
     temporary: int
+    convolutions: int
+    all_reduces: int
+    accessed: int | None = None
+    cycles: int | None = None
+    fused: int | None = None
 
 
 class Chip(NamedTuple):
-    """Hold a chip to compile for: "h100" or "v5e"."""
+    """Hold a chip to compile for, "h100" or "v5e", or several."""
 
     name: str
-    sharding: NamedSharding
+    mesh: Mesh
+
+    def place(self, tree: Any, *spec: str) -> Any:
+        """Return the shapes of `tree` on the chips, each alike or sharded by `spec`."""
+        sharding = NamedSharding(self.mesh, PartitionSpec(*spec))
+        return jax.tree.map(
+            lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding), tree
+        )
 
     def cost(self, function: Callable, *arguments: Any) -> Cost:
-        """Compile `function` for arrays with the shapes and dtypes of `arguments`."""
-        shapes = jax.tree.map(self._on_chip, arguments)
+        """Compile `function` for arguments that `place` made, and count."""
         platform = "cuda" if self.name == "h100" else "tpu"
-        lowered = jax.jit(function).trace(*shapes).lower(lowering_platforms=(platform,))
-        program: Any = lowered.compile()  # its declared type lacks the analyses below
-        memory = program.memory_analysis()
+        traced = jax.jit(function).trace(*arguments)
+        program: Any = traced.lower(lowering_platforms=(platform,)).compile()
+        text = program.as_text()
+        temporary = program.memory_analysis().temp_size_in_bytes
+        all_reduces = len(
+            re.findall(r" all-reduce(?:-start)?\(", main_computation(text))
+        )
         if self.name == "h100":  # XLA has no cost analysis for it
-            num_bytes = traffic(program.as_text())
-        else:
-            num_bytes = program.cost_analysis()["bytes accessed"]
-        return Cost(num_bytes, memory.temp_size_in_bytes)
+            convolutions = text.count('custom_call_target="__cudnn$conv')
+            return Cost(traffic(text), temporary, convolutions, all_reduces)
+        counts = _tpu_hlo.count(text)
+        return Cost(
+            counts.hbm,
+            temporary,
+            len(re.findall(r" convolution\(", text)),
+            all_reduces,
+            int(program.cost_analysis()["bytes accessed"]),
+            counts.cycles,
+            counts.fused_convolutions,
+        )
 
-    def _on_chip(self, array: Any) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=self.sharding)
 
-
-def describe(name: str) -> Chip:
-    """Return the chip `name`, from its description.
+def describe(name: str, num_chips: int = 1) -> Chip:
+    """Return the chip `name`, or a mesh of several, from its description.
 
     **Raises** `RuntimeError` if XLA's compiler for it is not installed.
     """
@@ -70,8 +98,7 @@ def describe(name: str) -> Chip:
             f"not start: {error}. Install it in the version of jax, "
             f"{jax.__version__}, in a separate environment."
         ) from error
-    mesh = Mesh(np.array(devices[:1]), ("device",))
-    return Chip(name, NamedSharding(mesh, PartitionSpec()))
+    return Chip(name, Mesh(np.array(devices[:num_chips]), ("data",)))
 
 
 def _topology(name: str) -> Any:

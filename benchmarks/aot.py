@@ -1,8 +1,8 @@
 """Count passes over x on an H100 and a TPU v5e, jaxbn versus Flax, without either chip.
 
-`python -m benchmarks.aot --platform h100` compiles one layer at many shapes, then a
-whole training step of ResNet-50, for a chip that this machine need not have. It prints
-two tables and writes their figures as JSON.
+`python -m benchmarks.aot --platform h100` compiles one layer at many shapes, then whole
+training steps of ResNets, for a chip that this machine need not have. It prints two
+tables and writes their figures as JSON.
 
 One pass reads or writes as many bytes as x has. Batch norm needs 3 passes forward
 (read x for its statistics; read it again and write y) and 5 backward (read x and dy for
@@ -22,18 +22,17 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
-from jax.typing import DTypeLike
 from rich.console import Console
 from rich.progress import track
 
 import jaxbn
 import jaxbn.linen
 
+from . import _networks
+from ._networks import NORMS
 from ._report import Table
-from ._resnet import ResNet50, step_arguments, train_step
 from ._topology import COMPILER_PACKAGES, Chip, describe
 
-NORMS = {"jaxbn": jaxbn.linen.BatchNorm, "flax": nn.BatchNorm}
 DTYPES = ("float32", "bfloat16")
 SHAPES = (  # features last: layers of ResNet-50 at batch 32, then of dense networks
     (32, 56, 56, 64),
@@ -48,7 +47,8 @@ SHAPES = (  # features last: layers of ResNet-50 at batch 32, then of dense netw
     (256, 1024),
 )
 LAYERS = (*((shape, -1) for shape in SHAPES), ((32, 64, 56, 56), 1))  # shape, features
-BATCH = 32  # of the whole step
+# On 2 cores; a layer is compiled three times.
+SECONDS = {"h100": {"layer": 5, "network": 60}, "v5e": {"layer": 15, "network": 180}}
 
 
 class Passes(NamedTuple):
@@ -85,13 +85,13 @@ def count_layer(
         y, new = layer.apply(old, x, mutable=["batch_stats"])
         return nn.relu(y) if relu else y, new
 
-    arguments = (variables["params"], x, stats)
-    with_vjp = _with_vjp(forward)
+    arguments = chip.place((variables["params"], x, stats))
+    with_vjp, dy = _with_vjp(forward), chip.place(x)
     _, residuals, _ = jax.eval_shape(with_vjp, *arguments)
     costs = (
         chip.cost(forward, *arguments),
-        chip.cost(_forward_and_backward(with_vjp), *arguments, x),
-        chip.cost(lambda vjp, dy: vjp(dy), residuals, x),
+        chip.cost(_forward_and_backward(with_vjp), *arguments, dy),
+        chip.cost(lambda vjp, dy: vjp(dy), chip.place(residuals), dy),
     )
     size = math.prod(shape) * jnp.dtype(dtype).itemsize
     alone, both, separate = (cost.traffic / size for cost in costs)
@@ -124,44 +124,41 @@ def _forward_and_backward(with_vjp: Callable) -> Callable:
     return both
 
 
-def count_layers(chip: Chip) -> list[dict[str, Any]]:
-    """Return a row for each layer, dtype and library, with and without ReLU."""
-    cases = [
+def layer_cases() -> list[dict[str, Any]]:
+    """Return each layer, dtype and library, with and without ReLU."""
+    return [
         {"shape": shape, "axis": axis, "dtype": dtype, "relu": relu, "norm": norm}
         for shape, axis in LAYERS
         for dtype in DTYPES
         for relu in (False, True)
         for norm in NORMS
     ]
+
+
+def count_layers(chip: Chip) -> list[dict[str, Any]]:
+    """Return a row for each layer."""
     return [
         case | count_layer(chip, **case | {"norm": NORMS[case["norm"]]})._asdict()
-        for case in _track(cases)
+        for case in _track(layer_cases(), "layers")
     ]
 
 
-def count_steps(chip: Chip) -> list[dict[str, Any]]:
-    """Return rows of gigabytes that a training step of ResNet-50 moves and holds."""
-    cases = [(dtype, norm) for dtype in DTYPES for norm in NORMS]
-    return [
-        {"dtype": dtype, "norm": norm, **_count_step(chip, NORMS[norm], dtype)}
-        for dtype, norm in _track(cases)
-    ]
+def count_networks(chip: str) -> list[dict[str, Any]]:
+    """Return a row for each training step."""
+    cases = list(_networks.cases(chip))
+    return [_networks.count(chip, case) for case in _track(cases, "training steps")]
 
 
-def _count_step(
-    chip: Chip, norm: type[nn.BatchNorm], dtype: DTypeLike
-) -> dict[str, float]:
-    model = ResNet50(norm, jnp.dtype(dtype))
-
-    def step(*arguments: Any) -> tuple[Any, Array]:
-        return train_step(model, *arguments)
-
-    cost = chip.cost(step, *step_arguments(model, BATCH))
-    return {"traffic": cost.traffic / 1e9, "temporary": cost.temporary / 1e9}
+def _track(cases: list, name: str) -> Any:
+    return track(cases, f"{len(cases)} {name}", disable=not Console().is_terminal)
 
 
-def _track(cases: list) -> Any:
-    return track(cases, "Compiling", disable=not Console().is_terminal)
+def say_how_long(chip: str, quick: bool) -> str:
+    """Return an estimate of the run's length."""
+    seconds = SECONDS[chip]["layer"] * len(layer_cases())
+    if not quick:
+        seconds += SECONDS[chip]["network"] * len(list(_networks.cases(chip)))
+    return f"Compiling for {chip}: about {round(seconds / 60)} minutes on 2 cores."
 
 
 def layer_table(rows: list[dict[str, Any]], chip: str) -> Table:
@@ -181,17 +178,6 @@ def layer_table(rows: list[dict[str, Any]], chip: str) -> Table:
     return Table(title, ["x", "dtype", "ReLU", *columns.values()], lines)
 
 
-def step_table(rows: list[dict[str, Any]], chip: str) -> Table:
-    """Return a line for each training step of ResNet-50."""
-    lines = [
-        [row["dtype"], row["norm"]]
-        + [f"{row[name]:.2f}" for name in ("traffic", "temporary")]
-        for row in rows
-    ]
-    title = f"{chip}: one training step of ResNet-50, batch {BATCH}"
-    return Table(title, ["dtype", "batch norm", "GB moved", "GB temporary"], lines)
-
-
 def versions(chip: str) -> dict[str, str]:
     """Return the versions that the figures depend on."""
     packages = ("jax", "jaxlib", "flax", COMPILER_PACKAGES[chip])
@@ -203,19 +189,20 @@ def main() -> None:
     """Count, print the tables, and write `aot-<platform>.json` and `.md`."""
     parser = argparse.ArgumentParser("python -m benchmarks.aot", description=__doc__)
     parser.add_argument("--platform", choices=tuple(COMPILER_PACKAGES), required=True)
-    parser.add_argument("--quick", action="store_true", help="skip ResNet-50")
+    parser.add_argument("--quick", action="store_true", help="skip the networks")
     here = Path(__file__).parent / "results"
     parser.add_argument(
         "--output", type=Path, default=here, help="folder of the results"
     )
     args = parser.parse_args()
     chip, console = describe(args.platform), Console()
+    console.print(say_how_long(args.platform, args.quick))
     layers = count_layers(chip)
     tables = [layer_table(layers, args.platform)]
     console.print(tables[0].rich())
-    steps = [] if args.quick else count_steps(chip)
+    steps = [] if args.quick else count_networks(args.platform)
     if steps:
-        tables.append(step_table(steps, args.platform))
+        tables.append(_networks.table(steps, args.platform))
         console.print(tables[1].rich())
     args.output.mkdir(parents=True, exist_ok=True)
     results = {"versions": versions(args.platform), "layers": layers, "steps": steps}

@@ -2,14 +2,13 @@
 
 import re
 
-import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import linen as nn
 from flax import nnx
-from helpers import saved_residuals
+from helpers import assert_near, saved_residuals
 
 import jaxbn
 import jaxbn.linen
@@ -82,7 +81,7 @@ def test_policy_does_not_change_gradients(autodiff, rng):
         return network(*values, autodiff=autodiff)
 
     plain, saving = (jax.jit(jax.grad(f, every)) for f in (loss, with_policy(loss)))
-    chex.assert_trees_all_close(saving(*values), plain(*values), rtol=1e-4, atol=1e-5)
+    assert_near(saving(*values), plain(*values))
 
 
 @pytest.mark.parametrize("check_vma", [True, False])
@@ -108,9 +107,7 @@ def test_policy_runs_no_collective_twice(check_vma, rng):
     plain, saving = (gradients(wrap) for wrap in (lambda f: f, with_policy))
     psums = [count(r"psum\w*", jax.jit(f), *values) for f in (plain, saving)]
     assert psums[0] == psums[1] > 0
-    np.testing.assert_allclose(
-        jax.jit(saving)(*values), jax.jit(plain)(*values), rtol=1e-5, atol=1e-6
-    )
+    assert_near(jax.jit(saving)(*values), jax.jit(plain)(*values))
 
 
 class LinenBlock(nn.Module):
@@ -169,4 +166,4 @@ def test_flax_remat_takes_the_policy(network, rng):
     # x of each layer, the input of each block, and the loss's residual.
     assert images[1] == 2 * DEPTH + 1 < images[0]
     gradients, expected = (jax.tree.leaves(r) for r in reversed(results))
-    chex.assert_trees_all_close(gradients, expected, rtol=1e-5, atol=1e-6)
+    assert_near(gradients, expected)

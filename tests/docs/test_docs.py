@@ -6,11 +6,13 @@ import importlib
 import inspect
 import re
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import linen as nn
+from flax import nnx
 from helpers import saved_bytes
 from pages import DOCS, run_page
 
@@ -52,6 +54,30 @@ def test_many_devices_snippets_match_the_whole_batch():
     np.testing.assert_allclose(names["same_y"], (x - x.mean(0)) / x.std(0), atol=1e-4)
     np.testing.assert_allclose(names["new_state"].mean, 0.01 * x[:5].mean(0), atol=1e-6)
     assert len(jax.devices()) == 8
+
+
+def test_memory_snippets_have_the_gradients_of_the_plain_stages():
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        names = run_page("memory.md")
+        stage = names["stage"].__wrapped__
+
+        def loss(kernel, x):
+            return jnp.mean(stage(kernel, x)[0] ** 2)
+
+        expected = jax.grad(loss)(names["kernel"], names["x"])
+        np.testing.assert_allclose(names["gradient"], expected, rtol=1e-5, atol=1e-6)
+
+        plain, updates = names["Stage"]().apply(
+            names["variables"], names["images"], mutable=["batch_stats"]
+        )
+        np.testing.assert_allclose(names["y"], plain, rtol=1e-5, atol=1e-6)
+        chex.assert_trees_all_close(names["updates"], updates, rtol=1e-5)
+
+        def nnx_loss(stage):
+            return jnp.mean(stage(names["images"]) ** 2)
+
+        plain = nnx.grad(nnx_loss)(names["nnx_stage"])
+        chex.assert_trees_all_close(names["nnx_gradient"], plain, rtol=1e-4, atol=1e-6)
 
 
 def test_from_training_to_inference_snippets_match_the_model():

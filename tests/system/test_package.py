@@ -62,7 +62,8 @@ def test_public_names_are_complete_and_documented():
         if not name.startswith("_") and not isinstance(value, ModuleType)
     }
     variables = {"BatchNormParams", "BatchNormState"}
-    functions = {"batch_norm", "fold", "inference_affine", "init", "population"}
+    functions = {"batch_norm", "checkpoint_policy", "init"}
+    functions |= {"fold", "inference_affine", "population"}
     assert public == variables | functions
     for name in public:
         assert getattr(jaxbn, name).__doc__.strip()
