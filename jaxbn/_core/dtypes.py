@@ -1,8 +1,9 @@
-"""The dtypes of sums and statistics."""
+"""The dtypes of sums and statistics, real where x is complex."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import Array
 from jax.typing import DTypeLike
 
 
@@ -15,3 +16,8 @@ def accumulation_dtype(*dtypes: DTypeLike) -> np.dtype:
 def real_dtype(dtype: DTypeLike) -> np.dtype:
     """Return the dtype of |z|² for z of `dtype`: float32 for complex64."""
     return jnp.finfo(dtype).dtype
+
+
+def abs_square(z: Array) -> Array:
+    """Return |z|², real also for complex z."""
+    return jnp.real(z * jnp.conj(z))

@@ -15,8 +15,9 @@ from jaxtyping import Array, Bool, Float, Inexact, Real
 
 from .axes import Axes
 from .checkpoint import name_saved
-from .reductions import Guess, materialize_on_cpu, plain_shifted_sums, shifted_sums
+from .reductions import materialize_on_cpu, plain_shifted_sums, shifted_sums
 from .sharding import match_vma
+from .shift import Guess
 from .weights import (
     Weights,
     apply_weights,

@@ -13,39 +13,27 @@ knows platforms, because XLA treats two sums that share terms differently:
 - elsewhere: two plain sums, which XLA fuses.
 """
 
-import math
 from collections.abc import Callable
 from functools import partial
 
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
-from jax.custom_batching import custom_vmap
 from jax.typing import DTypeLike
-from jaxtyping import Bool, Float, Inexact
+from jaxtyping import Float, Inexact
 
 from .axes import Axes
 from .column_sums import sum_columns
-from .dtypes import real_dtype
+from .dtypes import abs_square
+from .shift import Guess, guessed_shift, sample, sums_are_accurate
 from .weights import Weights, apply_weights, divide_by_count, sum_over, total_weight
 
 Pair = tuple[Array, Array]
 Sums = Callable[..., tuple[Array, ...]]  # from axes and arrays, their sums
-Guess = tuple[Array, Array]  # a mean and a variance that x may have
-
-SAMPLE_STRIDE = 64
-
-# With |μ|² ≤ 16 σ², Σx² - n|μ|² is at least 1/17 of Σx²: at most 4 of 24 bits are lost.
-MAX_SQUARED_MEAN_TO_VAR = 16
 
 # Smaller arrays stay in a CPU's cache. There a conditional, or a separate kernel for a
 # vector, takes as much time as it saves, and more to compile.
 MIN_SIZE_FOR_CPU_FORMS = 2**18
-
-
-def abs_square(z: Array) -> Array:
-    """Return |z|², real also for complex z."""
-    return jnp.real(z * jnp.conj(z))
 
 
 def _plain_sums(axes: Axes, *arrays: Array) -> tuple[Array, ...]:
@@ -102,7 +90,7 @@ def _sums_unshifted_if_safe(
     n = total_weight(x, weights, axes)
     mean = divide_by_count(total, n)
     var = divide_by_count(squares, n) - abs_square(mean)
-    is_safe = _unshifted_is_safe(mean, var)
+    is_safe = sums_are_accurate(mean, var)
 
     def far() -> Pair:
         # Divided again here, which XLA fuses: an operand costs a kernel.
@@ -124,13 +112,12 @@ def _sums_shifted_by_guess_if_safe(
 
     The guess does not wait for x, so that the sums can be fused with what computes x.
     """
-    shift = _shift_from_guess(guess, dtype)
+    shift = guessed_shift(guess, dtype)
     total, squares = _sums_shifted_by(shift, x, x, weights, axes, dtype)
     n = total_weight(x, weights, axes)
     offset = divide_by_count(total, n)
-    is_safe = _unshifted_is_safe(
-        offset, divide_by_count(squares, n) - abs_square(offset)
-    )
+    var = divide_by_count(squares, n) - abs_square(offset)
+    is_safe = sums_are_accurate(offset, var)
     near = jnp.broadcast_to(shift, total.shape), total, squares
     # The near branch is handed nothing: libtpu 0.0.52 dies of a conditional with a
     # branch that is handed all results of a fusion.
@@ -140,18 +127,6 @@ def _sums_shifted_by_guess_if_safe(
         lambda: _sums_shifted_by_sample(x, weights, axes, dtype, _plain_sums),
     )
     return jax.tree.map(partial(jnp.where, is_safe), near, far)
-
-
-def _shift_from_guess(guess: Guess | None, dtype: DTypeLike) -> Array:
-    """Return the guessed mean where it is far from 0 beside the deviation, else 0.
-
-    The running mean of a feature that died decays for ever, and sums about it cancel.
-    """
-    if guess is None:
-        return jnp.zeros((), dtype)
-    mean, var = guess[0].astype(dtype), guess[1].astype(real_dtype(dtype))
-    is_far = jnp.isfinite(mean) & (abs_square(mean) > MAX_SQUARED_MEAN_TO_VAR * var)
-    return lax.stop_gradient(jnp.where(is_far, mean, 0))
 
 
 def _sums_shifted_by_mean(
@@ -220,7 +195,7 @@ def _products_unshifted_if_safe(
     dy, dy_copy = _prevent_cse(dy)
     total = sum_over(dy.astype(mean.dtype), axes)
     return total, lax.cond(
-        _unshifted_is_safe(mean, var),
+        sums_are_accurate(mean, var),
         lambda: sum_over(_products(dy_copy, x, 0, mean.dtype), axes) - mean * total,
         lambda: sum_over(_products(dy_copy, x, mean, mean.dtype), axes),
     )
@@ -252,28 +227,6 @@ def _prevent_cse(x: Array) -> Pair:
     return lax.optimization_barrier((x, x))
 
 
-def _unshifted_is_safe(mean: Array, var: Array) -> Bool[Array, ""]:
-    """Decide whether unshifted sums are accurate enough for every feature.
-
-    They are not if the variance is NaN, from squares that overflowed.
-    """
-    return _all(lax.stop_gradient(abs_square(mean) <= MAX_SQUARED_MEAN_TO_VAR * var))
-
-
-@custom_vmap
-def _all(values: Bool[Array, "..."]) -> Bool[Array, ""]:
-    return jnp.all(values)
-
-
-@_all.def_vmap
-def _all_members(
-    axis_size: int, in_batched: list[bool], values: Bool[Array, "..."]
-) -> tuple[Bool[Array, ""], bool]:
-    # One answer for all members: `vmap` turns a conditional into a selection between
-    # the results of both branches where the predicate varies over the members.
-    return _all(values), False
-
-
 def _shift_from_sample(
     x: Array, weights: Weights | None, axes: Axes, dtype: DTypeLike, sums: Sums
 ) -> Array:
@@ -282,29 +235,6 @@ def _shift_from_sample(
     A mask may leave out any sample, and so costs another pass over x.
     """
     if weights is None:
-        x = _sample(x, axes)
+        x = sample(x, axes)
     (total,) = sums(axes, apply_weights(x.astype(dtype), weights))
     return divide_by_count(total, total_weight(x, weights, axes))
-
-
-def _sample(x: Array, axes: Axes) -> Array:
-    """Return one element in `SAMPLE_STRIDE`: a leading block, and every k-th example.
-
-    The mean of any k of n values lies within √(n/k - 1) standard deviations of the
-    mean of all, so that even a sample of outliers costs no more than a factor n/k ≤ 64
-    of float32's 6e-8. A single element could cost a factor n.
-    """
-    spec = jax.typeof(x).sharding.spec
-    one_in = SAMPLE_STRIDE
-    for axis in (*axes[1:], *axes[:1]):  # the batch comes last
-        size = x.shape[axis]
-        # JAX slices neither an explicitly sharded nor a symbolic axis.
-        if one_in > 1 and spec[axis] is None and isinstance(size, int):
-            length = math.ceil(size / one_in)
-            # Every k-th example, because a leading block lies on few of the devices
-            # that share the batch. Along the last axis a block is read in one piece.
-            is_batch = axis == axes[0] < x.ndim - 1
-            end, stride = (size, one_in) if is_batch else (length, 1)
-            x = lax.slice_in_dim(x, 0, end, stride, axis)
-            one_in = one_in * length // max(size, 1)
-    return x

@@ -14,8 +14,8 @@ from jax import Array, lax
 from jaxtyping import Bool
 
 from .checkpoint import name_saved
+from .dtypes import abs_square
 from .moments import Moments
-from .reductions import abs_square
 from .sharding import shard_like
 from .weights import divide_by_count
 

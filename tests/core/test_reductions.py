@@ -20,6 +20,7 @@ from oracle import random_case, train_step
 
 import jaxbn
 from jaxbn._core import reductions
+from jaxbn._core.shift import MAX_SQUARED_OFFSET_TO_VAR
 
 FORMS = ["cpu", "cpu small", "cuda", "tpu", "default"]
 MASKS = {
@@ -262,7 +263,7 @@ def test_accelerator_programs_contain_their_own_form_alone(platform, barriers):
     """CUDA cuts the sums of both directions; a TPU tests whether sums cancel."""
     program = lowered(platform, (4096, 64))
     assert program.count("stablehlo.optimization_barrier") == barriers
-    limit = f"dense<{reductions.MAX_SQUARED_MEAN_TO_VAR:.6e}>"
+    limit = f"dense<{MAX_SQUARED_OFFSET_TO_VAR:.6e}>"
     assert (limit in program) == (platform == "tpu")
     assert ("complex" in program) == (platform == "cuda")
 
@@ -271,10 +272,7 @@ def test_accelerator_programs_contain_their_own_form_alone(platform, barriers):
 @pytest.mark.parametrize(("n", "conditionals"), [(128, 0), (4096, 2)])
 def test_cpu_program_has_one_conditional_per_direction_if_x_is_large(n, conditionals):
     program = lowered("cpu", (n, 64))
-    assert (
-        program.count(f"dense<{reductions.MAX_SQUARED_MEAN_TO_VAR:.6e}>")
-        == conditionals
-    )
+    assert program.count(f"dense<{MAX_SQUARED_OFFSET_TO_VAR:.6e}>") == conditionals
     assert "complex" not in program
 
 
