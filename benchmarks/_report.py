@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from rich.console import Console
 from rich.table import Table as RichTable
 
-PHASES = ("forward", "backward", "both", "inference")
+PHASES = ("one jit", "forward", "backward", "both", "inference")
 
 
 class Table(NamedTuple):
@@ -133,8 +133,8 @@ def _by_library(title: str, rows: list[dict]) -> Table:
 
 def _summary(rows: list[dict]) -> Table:
     """Compare each library with jaxbn; above 1, jaxbn is faster."""
-    kinds = list(dict.fromkeys((r["dtype"], r["phase"]) for r in rows))
-    kinds.sort(key=lambda kind: kind[0] != "float32")  # stable
+    dtypes = sorted(_columns(rows, "dtype"), reverse=True)  # float32 first
+    kinds = [(dtype, phase) for phase in _columns(rows, "phase") for dtype in dtypes]
     cells = {
         (r["library"], r["dtype"], r["phase"]): (
             f"{r['geometric_mean']:.2f}\n({r['below_1']} of {r['shapes']})"

@@ -201,6 +201,21 @@ def test_summary_has_ratios_and_faster_torch():
     assert "jaxbn" not in found
 
 
+def test_one_jit_of_torch_is_forward_and_backward_in_turn():
+    samples = {
+        ("jaxbn", "one jit"): [5.0],
+        ("jaxbn", "forward"): [2.0],
+        ("jaxbn", "backward"): [4.0],
+        ("torch contiguous", "forward"): [1.0],
+        ("torch contiguous", "backward"): [3.0],
+    }
+    rows = _layers.rows_of(samples, 1.0, {"shape": "a", "dtype": "float32"})
+    times = {(r["library"], r["phase"]): r["median"] for r in rows}
+    assert times["jaxbn", "one jit"] == 5
+    assert times["torch contiguous", "one jit"] == 4
+    assert times["jaxbn", "both"] == 6
+
+
 def test_compile_programs_train_through_all_layers(rng):
     """Two layers show that each one has a gradient and new state, as Flax's have."""
     task = some_task(rng, _compile.SHAPES[0])
