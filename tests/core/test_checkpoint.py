@@ -64,12 +64,13 @@ def count(primitive, function, *values):
     return len(re.findall(rf"= {primitive}\[", str(jax.make_jaxpr(function)(*values))))
 
 
-def test_policy_runs_no_convolution_twice(rng):
+@pytest.mark.parametrize("operation", ["conv_general_dilated", "reduce_sum"])
+def test_policy_runs_no_convolution_and_no_sum_twice(operation, rng):
     values = arguments(rng)
     every = tuple(range(len(values)))
     plain, saving = (jax.grad(f, every) for f in (network, with_policy(network)))
-    convolutions = [count("conv_general_dilated", f, *values) for f in (plain, saving)]
-    assert convolutions == [3 * DEPTH] * 2
+    counts = [count(operation, f, *values) for f in (plain, saving)]
+    assert counts[0] == counts[1] >= 2 * DEPTH
 
 
 @pytest.mark.parametrize("autodiff", ["custom_vjp", "jax"])
