@@ -134,7 +134,10 @@ def _by_library(title: str, rows: list[dict]) -> Table:
 def _summary(rows: list[dict]) -> Table:
     """Compare each library with jaxbn; above 1, jaxbn is faster."""
     dtypes = sorted(_columns(rows, "dtype"), reverse=True)  # float32 first
-    kinds = [(dtype, phase) for phase in _columns(rows, "phase") for dtype in dtypes]
+    phases = _columns(rows, "phase")
+    if set(phases) <= {*PHASES}:
+        phases = [phase for phase in PHASES if phase in phases]
+    kinds = [(dtype, phase) for phase in phases for dtype in dtypes]
     cells = {
         (r["library"], r["dtype"], r["phase"]): (
             f"{r['geometric_mean']:.2f}\n({r['below_1']} of {r['shapes']})"

@@ -201,6 +201,24 @@ def test_summary_has_ratios_and_faster_torch():
     assert "jaxbn" not in found
 
 
+def test_summary_begins_with_one_jit():
+    rows = [
+        row(library, "a", 1.0, phase)
+        for library in ("jaxbn", "keras")
+        for phase in ("both", "forward", "one jit")
+    ]
+    (table,) = _report.pages(
+        {
+            "section": "layers",
+            "rows": rows,
+            "rejected": [],
+            "summary": _layers.summary(rows),
+        }
+    )["layers-summary"]
+    expected = ["library", "float32 one jit", "float32 forward", "float32 both"]
+    assert table.header == expected
+
+
 def test_one_jit_of_torch_is_forward_and_backward_in_turn():
     samples = {
         ("jaxbn", "one jit"): [5.0],
