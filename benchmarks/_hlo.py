@@ -7,7 +7,7 @@ registers. XLA's own cost analysis does not support a GPU that is only described
 
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 # Operations that only rename existing buffers.
@@ -110,24 +110,31 @@ def _size(instruction: Instruction) -> int:
 
 
 def array_size(dtype: str, shape: str) -> int:
+    """Return the bytes of an array: 24 for "f32" and "2,3"."""
     bits = re.search(r"\d+", dtype)  # the first number: 8 in f8e4m3fn
     width = max(int(bits[0]) // 8, 1) if bits else 1  # pred
     return width * math.prod(int(n) for n in shape.split(",") if n)
 
 
 def _bytes_read(
-    instruction: Instruction,
-    sizes: dict[str, int],
-    program: Computations,
+    instruction: Instruction, sizes: dict[str, int], program: Computations
 ) -> int:
-    """Return the bytes read; an operand that is named twice counts once."""
     if instruction.op in UNCOUNTABLE:
         raise ValueError(
             f"Kernels can be counted in straight-line HLO only; got "
             f"{instruction.op} %{instruction.name}. Unroll it, or count its body."
         )
-    called = re.search(r"calls=%([\w.-]+)", instruction.attributes)
-    sliced = _sliced(program[called[1]]) if called else {}
+    sliced = bytes_sliced(called_body(instruction, program), _size, {"slice"})
+    return bytes_read(instruction, sizes, sliced)
+
+
+def bytes_read(
+    instruction: Instruction, sizes: dict[str, int], sliced: dict[int, int]
+) -> int:
+    """Return the bytes read; an operand that is named twice counts once.
+
+    `sliced` holds, by number, the bytes of operands that are not read as a whole.
+    """
     read: dict[str, int] = {}
     for i, operand in enumerate(instruction.operands):
         size = sliced.get(i, sizes.get(operand, 0))
@@ -135,12 +142,20 @@ def _bytes_read(
     return sum(read.values())
 
 
-def _sliced(body: list[Instruction]) -> dict[int, int]:
+def called_body(instruction: Instruction, program: Computations) -> list[Instruction]:
+    """Return the instructions of a fusion, none for another operation."""
+    called = re.search(r"calls=%([\w.-]+)", instruction.attributes)
+    return program.get(called[1], []) if called else []
+
+
+def bytes_sliced(
+    body: list[Instruction], size: Callable[[Instruction], int], slices: set[str]
+) -> dict[int, int]:
     """Return the slices' bytes, by number, of parameters that are only sliced."""
     return {
-        int(parameter.operands[0]): sum(map(_size, users))
+        int(parameter.operands[0]): sum(map(size, users))
         for parameter in body
         if parameter.op == "parameter"
         and (users := [i for i in body if parameter.name in i.operands])
-        and all(user.op == "slice" for user in users)
+        and all(user.op in slices for user in users)
     }

@@ -134,9 +134,8 @@ def _by_library(title: str, rows: list[dict]) -> Table:
 def _summary(rows: list[dict]) -> Table:
     """Compare each library with jaxbn; above 1, jaxbn is faster."""
     dtypes = sorted(_columns(rows, "dtype"), reverse=True)  # float32 first
-    phases = _columns(rows, "phase")
-    if set(phases) <= {*PHASES}:
-        phases = [phase for phase in PHASES if phase in phases]
+    place = {phase: i for i, phase in enumerate(PHASES)}
+    phases = sorted(_columns(rows, "phase"), key=lambda phase: place.get(phase, 0))
     kinds = [(dtype, phase) for phase in phases for dtype in dtypes]
     cells = {
         (r["library"], r["dtype"], r["phase"]): (

@@ -7,6 +7,7 @@ memory that a program moves and holds, not the time that it takes.
 import os
 import re
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -101,6 +102,7 @@ def describe(name: str, num_chips: int = 1) -> Chip:
     return Chip(name, Mesh(np.array(devices[:num_chips]), ("data",)))
 
 
+@cache
 def _topology(name: str) -> Any:
     if name == "h100":
         return topologies.get_topology_desc(

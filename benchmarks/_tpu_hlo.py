@@ -8,9 +8,19 @@ import re
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from ._hlo import NO_TRAFFIC, Computations, Instruction, array_size, computations
+from ._hlo import (
+    NO_TRAFFIC,
+    Computations,
+    Instruction,
+    array_size,
+    bytes_read,
+    bytes_sliced,
+    called_body,
+    computations,
+)
 
 NO_HBM_TRAFFIC = NO_TRAFFIC | {"after-all", "partition-id"}
+SLICES = {"slice", "dynamic-slice"}
 # Starts of asynchronous copies; their ends name the same buffers again.
 STARTS = ("copy-start", "slice-start", "dynamic-slice-start")
 ARRAY = re.compile(r"(\w+)\[([\d,]*)\](\{[^{}]*\})?")
@@ -38,7 +48,7 @@ def count(hlo: str) -> Counts:
 
 
 def _hbm(body: list[Instruction], program: Computations) -> int:
-    sizes = {i.name: _hbm_bytes(i.type) for i in body}
+    sizes = {i.name: _hbm_bytes(i) for i in body}
     return sum(_hbm_of(i, sizes, program) for i in body)
 
 
@@ -49,12 +59,10 @@ def _hbm_of(i: Instruction, sizes: dict[str, int], program: Computations) -> int
         return min(_hbm(program[branch], program) for branch in _branches(i))
     if i.op in STARTS:
         return _copied(i)
-    sliced = _sliced(i, program)
-    read = {
-        operand: min(sizes.get(operand, 0), sliced.get(number, sizes.get(operand, 0)))
-        for number, operand in enumerate(i.operands)
-    }
-    return sum(read.values()) + sizes[i.name]
+    sliced = bytes_sliced(called_body(i, program), _hbm_bytes, SLICES)
+    # An operand in VMEM has no bytes in HBM, whatever part of it is read.
+    sliced = {k: min(n, sizes.get(i.operands[k], 0)) for k, n in sliced.items()}
+    return bytes_read(i, sizes, sliced) + sizes[i.name]
 
 
 def _copied(start: Instruction) -> int:
@@ -65,23 +73,12 @@ def _copied(start: Instruction) -> int:
     return array_size(*target[:2]) * ends_in_hbm
 
 
-def _hbm_bytes(type_: str) -> int:
-    """Return the bytes of a type's arrays in HBM; memory space 1, `S(1)`, is VMEM."""
-    arrays = ARRAY.findall(type_)
+def _hbm_bytes(i: Instruction) -> int:
+    """Return the bytes of a result in HBM; memory space 1, `S(1)`, is VMEM."""
+    arrays = ARRAY.findall(i.type)
     return sum(
         array_size(d, shape) for d, shape, layout in arrays if "S(" not in layout
     )
-
-
-def _sliced(i: Instruction, program: Computations) -> dict[int, int]:
-    """Return the bytes read, by number, of operands that a fusion only slices."""
-    body = program.get(_called(i), [])
-    sizes = {}
-    for parameter in (j for j in body if j.op == "parameter"):
-        users = [j for j in body if parameter.name in j.operands]
-        if users and all(j.op in ("slice", "dynamic-slice") for j in users):
-            sizes[int(parameter.operands[0])] = sum(_hbm_bytes(j.type) for j in users)
-    return sizes
 
 
 def _cycles(body: list[Instruction], program: Computations) -> int:
@@ -104,17 +101,12 @@ def _branches(conditional: Instruction) -> list[str]:
     return re.findall(r"(?:true|false)_computation=%([\w.-]+)", conditional.attributes)
 
 
-def _called(i: Instruction) -> str:
-    found = re.search(r"calls=%([\w.-]+)", i.attributes)
-    return found[1] if found else ""
-
-
 def _operations(i: Instruction, program: Computations) -> set[str]:
     """Return the operations of a fusion, those of the fusions in it included."""
-    return set(_nested_operations(program.get(_called(i), []), program))
+    return set(_nested_operations(called_body(i, program), program))
 
 
 def _nested_operations(body: list[Instruction], program: Computations) -> Iterator[str]:
     for i in body:
         yield i.op
-        yield from _nested_operations(program.get(_called(i), []), program)
+        yield from _nested_operations(called_body(i, program), program)

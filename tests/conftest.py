@@ -1,5 +1,7 @@
 """Run every test under the strict settings that a careful user might switch on."""
 
+from contextlib import nullcontext
+
 import jax
 import jaxtyping
 import numpy as np
@@ -26,10 +28,11 @@ def pytest_addoption(parser):
 
 @pytest.fixture(scope="session", autouse=True)
 def form_of_every_sum(request):
-    if platform := request.config.getoption("--form"):
-        from helpers import take_form  # not before jaxtyping hooks into its imports
+    from helpers import forced_form  # not before jaxtyping hooks into its imports
 
-        take_form(platform)
+    platform = request.config.getoption("--form")
+    with forced_form(platform) if platform else nullcontext():
+        yield
 
 
 @pytest.fixture

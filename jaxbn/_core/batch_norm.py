@@ -208,9 +208,8 @@ def _batch_norm(
     mean, var = running.mean, running.var
     if options.train:
         with jax.named_scope("jaxbn.moments"):
-            guess = running.mean, running.var
             local = moments(
-                *(x_acc, x, mask, axes), closed_form=closed_form, guess=guess
+                *(x_acc, x, mask, axes), closed_form=closed_form, guess=(mean, var)
             )
         with jax.named_scope("jaxbn.merge"):
             batch = merge(local, options.axis_name, options.axis_index_groups)

@@ -7,6 +7,8 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import PyTree
 
 NAME = "jaxbn"
+_save_named = jax.checkpoint_policies.save_only_these_names(NAME)
+
 Tree = TypeVar("Tree", bound=PyTree)
 
 
@@ -37,6 +39,3 @@ def checkpoint_policy(primitive: object, *avals: object, **params: object) -> bo
     ...     return jax.nn.relu(y)
     """
     return _save_named(primitive, *avals, **params)
-
-
-_save_named = jax.checkpoint_policies.save_only_these_names(NAME)

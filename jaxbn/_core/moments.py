@@ -98,7 +98,7 @@ def _moments_vjp(
     guess: Guess | None,
     axes: Axes,
 ) -> tuple[Inexact[Array, "*stats"], Float[Array, "*stats"]]:
-    return _formula(partial(shifted_sums, guess=guess), x, weights, axes, x_acc.dtype)
+    return _moments_fwd(x_acc, x, weights, guess, axes)[0]
 
 
 Residuals = tuple[Array, Weights | None, Array]

@@ -75,8 +75,8 @@ def _normalize_vjp(
     axes: Axes,
     dtype: np.dtype,
 ) -> Inexact[Array, "*x"]:
-    (factor,) = materialize_on_cpu(x, inverse_std(var, epsilon) * scale)
-    return _formula(x, mean, factor, bias, dtype)
+    arrays = x_acc, x, mean, var, scale, bias, epsilon
+    return _normalize_fwd(*arrays, axes, dtype)[0]
 
 
 # A constant epsilon is a NumPy array in older versions of JAX.

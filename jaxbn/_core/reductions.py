@@ -26,7 +26,14 @@ from .axes import Axes
 from .column_sums import sum_columns
 from .dtypes import abs_square
 from .shift import Guess, guessed_shift, sample, sums_are_accurate
-from .weights import Weights, apply_weights, divide_by_count, sum_over, total_weight
+from .weights import (
+    Count,
+    Weights,
+    apply_weights,
+    divide_by_count,
+    sum_over,
+    total_weight,
+)
 
 Pair = tuple[Array, Array]
 Sums = Callable[..., tuple[Array, ...]]  # from axes and arrays, their sums
@@ -88,9 +95,7 @@ def _sums_unshifted_if_safe(
     """Return `shifted_sums` for s = 0 if they do not cancel, else for the mean."""
     total, squares = _sums_shifted_by(0, *_prevent_cse(x), weights, axes, dtype)
     n = total_weight(x, weights, axes)
-    mean = divide_by_count(total, n)
-    var = divide_by_count(squares, n) - abs_square(mean)
-    is_safe = sums_are_accurate(mean, var)
+    mean, is_safe = _offset_and_accuracy(total, squares, n)
 
     def far() -> Pair:
         # Divided again here, which XLA fuses: an operand costs a kernel.
@@ -114,10 +119,7 @@ def _sums_shifted_by_guess_if_safe(
     """
     shift = guessed_shift(guess, dtype)
     total, squares = _sums_shifted_by(shift, x, x, weights, axes, dtype)
-    n = total_weight(x, weights, axes)
-    offset = divide_by_count(total, n)
-    var = divide_by_count(squares, n) - abs_square(offset)
-    is_safe = sums_are_accurate(offset, var)
+    _, is_safe = _offset_and_accuracy(total, squares, total_weight(x, weights, axes))
     near = jnp.broadcast_to(shift, total.shape), total, squares
     # The near branch is handed nothing: libtpu 0.0.52 dies of a conditional with a
     # branch that is handed all results of a fusion.
@@ -127,6 +129,13 @@ def _sums_shifted_by_guess_if_safe(
         lambda: _sums_shifted_by_sample(x, weights, axes, dtype, _plain_sums),
     )
     return jax.tree.map(partial(jnp.where, is_safe), near, far)
+
+
+def _offset_and_accuracy(total: Array, squares: Array, n: Count) -> Pair:
+    """Return μ - s from the sums about s, and whether they do not cancel."""
+    offset = divide_by_count(total, n)
+    var = divide_by_count(squares, n) - abs_square(offset)
+    return offset, sums_are_accurate(offset, var)
 
 
 def _sums_shifted_by_mean(

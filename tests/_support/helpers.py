@@ -4,12 +4,14 @@ import math
 import re
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from oracle import Case, Result
 
@@ -85,19 +87,21 @@ def assert_close(actual: Result, expected: Result, tolerance):
         assert_near(got, want, tolerance, sizes.get(name, 0.0), err_msg=name)
 
 
-def take_form(platform: str, patch: Callable[..., None] = setattr) -> None:
-    """Run one platform's form of the sums anywhere; "cpu small" is that of small x.
-
-    `patch` is `monkeypatch.setattr` where it is for one test.
-    """
+@contextmanager
+def forced_form(platform: str) -> Iterator[None]:
+    """Run one platform's form of the sums anywhere; "cpu small" is that of small x."""
     platform, *small = platform.split()
 
     def choose(*arrays, **forms):
         return forms.get(platform, forms["default"])(*arrays)
 
-    jax.clear_caches()  # jit does not see the change
-    patch(jax.lax, "platform_dependent", choose)
-    patch(reductions, "MIN_SIZE_FOR_CPU_FORMS", math.inf if small else 0)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(jax.lax, "platform_dependent", choose)
+        min_size = math.inf if small else 0
+        patch.setattr(reductions, "MIN_SIZE_FOR_CPU_FORMS", min_size)
+        jax.clear_caches()  # jit does not see the change
+        yield
+    jax.clear_caches()
 
 
 def saved_residuals(function, *primals) -> list[jax.Array]:

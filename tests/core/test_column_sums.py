@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import assert_close, collectives, rounded, run, sharded_step, take_form
+from helpers import assert_close, collectives, forced_form, rounded, run, sharded_step
 from jax.sharding import AxisType, NamedSharding
 from oracle import random_case, train_step
 
@@ -89,10 +89,9 @@ def test_sum_columns_leaves_explicitly_sharded_rows_whole(shape, spec, is_cut):
 
 
 @pytest.fixture
-def cuda_form(monkeypatch):
-    take_form("cuda", monkeypatch.setattr)
-    yield
-    jax.clear_caches()
+def cuda_form():
+    with forced_form("cuda"):
+        yield
 
 
 @pytest.mark.usefixtures("cuda_form")

@@ -11,10 +11,10 @@ from helpers import (
     TOLERANCE,
     assert_close,
     collectives,
+    forced_form,
     rounded,
     run,
     sharded_step,
-    take_form,
 )
 from oracle import random_case, train_step
 
@@ -31,11 +31,10 @@ MASKS = {
 
 
 @pytest.fixture(params=FORMS)
-def form(request, monkeypatch):
+def form(request):
     """Run the form of one platform on any platform."""
-    take_form(request.param, monkeypatch.setattr)
-    yield request.param
-    jax.clear_caches()
+    with forced_form(request.param):
+        yield request.param
 
 
 @pytest.mark.parametrize("loc", [0.0, 3.0, 50.0])  # |μ|/σ about 0, 1.6 and 26
@@ -149,10 +148,9 @@ def lowered(platform, shape, dtype=jnp.float32):
 
 
 @pytest.fixture
-def tpu_form(monkeypatch):
-    take_form("tpu", monkeypatch.setattr)
-    yield
-    jax.clear_caches()
+def tpu_form():
+    with forced_form("tpu"):
+        yield
 
 
 # Of the running statistics, which a TPU takes for a guess; x has standard deviation 1.
