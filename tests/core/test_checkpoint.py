@@ -61,7 +61,24 @@ def test_policy_saves_the_inputs_of_batch_norm_and_vectors(rng):
 
 
 def count(primitive, function, *values):
-    return len(re.findall(rf"= {primitive}\[", str(jax.make_jaxpr(function)(*values))))
+    """Count an operation, once for each call of the function that holds it.
+
+    A jaxpr's text shows a function once, however often it is called.
+    """
+
+    def in_jaxpr(jaxpr):
+        return sum(
+            bool(re.fullmatch(primitive, e.primitive.name))
+            + sum(map(in_jaxpr, jaxprs_in(e)))
+            for e in jaxpr.eqns
+        )
+
+    return in_jaxpr(jax.make_jaxpr(function)(*values))
+
+
+def jaxprs_in(equation):
+    leaves = jax.tree.leaves(list(equation.params.values()))
+    return [a for a in leaves if hasattr(a, "eqns")]
 
 
 @pytest.mark.parametrize("operation", ["conv_general_dilated", "reduce_sum"])
