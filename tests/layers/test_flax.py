@@ -5,6 +5,7 @@ Flax's default variance is accurate for the means near zero that are used here.
 
 from functools import partial
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -22,18 +23,22 @@ USED = (True, False)
 OTHER_DTYPES = [
     ("float32", "bfloat16"), ("bfloat16", "float32"), ("bfloat16", "bfloat16"),
 ]  # fmt: skip
+OPTIONS = [
+    *((scale, bias, "float32", "float32") for scale in USED for bias in USED),
+    *((True, True, *dtypes) for dtypes in OTHER_DTYPES),
+    (False, False, "bfloat16", "bfloat16"),
+]
 LAYERS = [("linen", -1), ("linen", 1), ("linen", (3, 1)), ("nnx", -1), ("nnx", 1)]
+CALLS = [(mask, train) for mask in MASKS for train in (True, False)]
 
 
-@pytest.mark.parametrize("train", [True, False], ids=["train", "eval"])
-@pytest.mark.parametrize("mask", MASKS)
-@pytest.mark.parametrize(("api", "axis"), LAYERS)
 @pytest.mark.parametrize(
-    ("use_scale", "use_bias", "dtype", "param_dtype"),
+    ("use_scale", "use_bias", "dtype", "param_dtype", "api", "axis", "mask", "train"),
+    # Each of the options with each layer, and both with each kind of call.
     [
-        *((scale, bias, "float32", "float32") for scale in USED for bias in USED),
-        *((True, True, *dtypes) for dtypes in OTHER_DTYPES),
-        (False, False, "bfloat16", "bfloat16"),
+        (*options, *layer, *CALLS[(i + j) % len(CALLS)])
+        for i, options in enumerate(OPTIONS)
+        for j, layer in enumerate(LAYERS)
     ],
 )
 def test_values_and_gradients_equal_flax(
@@ -52,8 +57,6 @@ def test_values_and_gradients_equal_flax(
     assert_same(layer.variables, flax.variables, 0)
     x = jnp.asarray(0.7 + 1.9 * rng.normal(size=SHAPE), dtype)
     variables = randomize(rng, layer.variables)
-    actual, expected = (
-        everything(partial(n.apply, train=train, mask=MASKS[mask]), variables, x)
-        for n in (layer, flax)
-    )
+    steps = (partial(n.apply, train=train, mask=MASKS[mask]) for n in (layer, flax))
+    actual, expected = (jax.jit(partial(everything, s))(variables, x) for s in steps)
     assert_same(actual, expected, max(TOLERANCE[dtype], TOLERANCE[param_dtype]))
