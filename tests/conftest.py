@@ -35,6 +35,20 @@ def form_of_every_sum(request):
         yield
 
 
+ACCURATE = ["batch_norm", "column_sums", "properties", "reductions", "statistics"]
+ACCURATE += ["weights"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def optimizations(request):
+    """Optimize machine code only where rounding is tested: it takes most of the time.
+
+    The passes of XLA, whose programs some tests read, are the same without.
+    """
+    optimized = request.path.stem.removeprefix("test_") in ACCURATE
+    jax.config.update("jax_disable_most_optimizations", not optimized)
+
+
 @pytest.fixture
 def rng() -> np.random.Generator:
     return np.random.default_rng(1502_03167)
