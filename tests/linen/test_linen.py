@@ -152,14 +152,12 @@ def test_lifted_transformations_match_flax(lift, rng):
     norms = [partial(norm, axis_name=name) for norm in NORMS]
     # A scan can't create the variables that it carries.
     made = Block if lift == "scan carry" else LIFTS[lift](Block)
-    initial, flax = (made(norm).init(jax.random.key(0), x) for norm in norms)
+    initial, flax = (jax.jit(made(norm).init)(jax.random.key(0), x) for norm in norms)
     assert_same(initial, flax, 0)
     variables = jax.tree.map(lambda a, b: a + b / 3, initial, randomize(rng, initial))
     models = [LIFTS[lift](Block)(norm) for norm in norms]
-    actual, expected = (
-        everything(partial(model.apply, mutable=["batch_stats"]), variables, x)
-        for model in models
-    )
+    steps = (partial(model.apply, mutable=["batch_stats"]) for model in models)
+    actual, expected = (jax.jit(partial(everything, s))(variables, x) for s in steps)
     assert_same(actual, expected, 2e-5)
 
 
@@ -294,15 +292,18 @@ class JaxbnScaled(BatchNorm):
 def test_replace_batch_norm_computes_as_jaxbn(x):
     variables = Model().init(jax.random.key(0), x, True)
     far = x + 1e4
-    expected = everything(partial(train, Model(BatchNorm, JaxbnScaled)), variables, far)
-    flax = everything(partial(train, Model()), variables, far)
+
+    def trained(model):
+        return jax.jit(partial(everything, partial(train, model)))(variables, far)
+
+    expected, flax = trained(Model(BatchNorm, JaxbnScaled)), trained(Model())
     with replace_batch_norm():
         assert_same(Model().init(jax.random.key(0), x, True), variables, 0)
-        replaced = everything(partial(train, Model()), variables, far)
+        replaced = trained(Model())
     assert_same(replaced, expected, 0)
     with pytest.raises(AssertionError):  # there is a difference to see
         assert_same(replaced, flax, 1e-2)
-    assert_same(everything(partial(train, Model()), variables, far), flax, 0)
+    assert_same(trained(Model()), flax, 0)
 
 
 def test_replace_batch_norm_ends_after_an_error(x):
