@@ -37,29 +37,40 @@ def rounded(case: Case, dtype) -> Case:
     return case._replace(**arrays, **vectors)
 
 
-def run(case: Case, train=True, transform=jax.jit, **options) -> Result:
-    """Compute y, the new statistics and every gradient of the case by jaxbn."""
+def run(case: Case, train=True, jit=True, mask=None, **options) -> Result:
+    """Compute y, the new statistics and every gradient of the case by jaxbn.
+
+    Cases that differ in values alone share one compiled program.
+    """
     vector_dtype = jnp.asarray(case.mean).dtype
-
-    def step(scale, bias, mean, var, x):
-        params = jaxbn.BatchNormParams(scale, bias)
-        state = jaxbn.BatchNormState(mean, var, jnp.int32(case.batches))
-        y, new = jaxbn.batch_norm(params, state, x, train, **options)
-        return y, new.mean, new.var
-
-    def outputs_and_gradients(arguments, cotangents):
-        outputs, vjp = jax.vjp(step, *arguments)
-        return outputs, vjp(cotangents)
-
     inputs = (case.scale, case.bias, case.mean, case.var, case.x)
     dy = jnp.asarray(case.dy).astype(options.get("dtype") or case.x.dtype)
     dmean, dvar = (jnp.asarray(a, vector_dtype) for a in (case.dmean, case.dvar))
-    outputs, gradients = transform(outputs_and_gradients)(
-        tuple(map(jnp.asarray, inputs)), (dy, dmean, dvar)
+    compute = jitted_outputs_and_gradients if jit else outputs_and_gradients
+    outputs, gradients = compute(
+        tuple(map(jnp.asarray, inputs)),
+        (dy, dmean, dvar),
+        jnp.int32(case.batches),
+        mask,
+        (("train", train), *options.items()),
     )
     dscale, dbias, dmean, dvar, dx = gradients
     y, mean, var = outputs
     return Result(y, mean, var, dx, dscale, dbias, dmean, dvar)
+
+
+def outputs_and_gradients(arguments, cotangents, count, mask, options):
+    def step(scale, bias, mean, var, x):
+        params = jaxbn.BatchNormParams(scale, bias)
+        state = jaxbn.BatchNormState(mean, var, count)
+        y, new = jaxbn.batch_norm(params, state, x, mask=mask, **dict(options))
+        return y, new.mean, new.var
+
+    outputs, vjp = jax.vjp(step, *arguments)
+    return outputs, vjp(cotangents)
+
+
+jitted_outputs_and_gradients = jax.jit(outputs_and_gradients, static_argnums=4)
 
 
 def assert_near(actual, expected, tolerance=1e-5, size=0.0, err_msg=""):
