@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import chex
 import jax
@@ -46,7 +47,7 @@ def run(case: Case, train=True, jit=True, mask=None, **options) -> Result:
     inputs = (case.scale, case.bias, case.mean, case.var, case.x)
     dy = jnp.asarray(case.dy).astype(options.get("dtype") or case.x.dtype)
     dmean, dvar = (jnp.asarray(a, vector_dtype) for a in (case.dmean, case.dvar))
-    compute = jitted_outputs_and_gradients if jit else outputs_and_gradients
+    compute: Any = jitted_outputs_and_gradients if jit else outputs_and_gradients
     outputs, gradients = compute(
         tuple(map(jnp.asarray, inputs)),
         (dy, dmean, dvar),
