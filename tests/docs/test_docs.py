@@ -39,7 +39,7 @@ def test_mathematics_snippets_match_jax_derivatives():
     np.testing.assert_allclose(names["closed_form"], names["dx"], atol=1e-5)
     np.testing.assert_allclose(names["tangent"], 0, atol=1e-5)
     np.testing.assert_allclose(names["y"], names["y_of"](names["x"]), atol=1e-5)
-    hessian = jax.hessian(names["loss"])(names["x"])
+    hessian = jax.jit(jax.hessian(names["loss"]))(names["x"])
     expected = np.einsum("ijkl,kl->ij", hessian, names["direction"])
     np.testing.assert_allclose(names["hessian_times_direction"], expected, atol=1e-3)
     by_jax, closed = (saved_bytes(names[f], names["x"]) for f in ("y_by_jax", "y_of"))
@@ -64,11 +64,12 @@ def test_memory_snippets_have_the_gradients_of_the_plain_stages():
         def loss(kernel, x):
             return jnp.mean(stage(kernel, x)[0] ** 2)
 
-        expected = jax.grad(loss)(names["kernel"], names["x"])
+        expected = jax.jit(jax.grad(loss))(names["kernel"], names["x"])
         np.testing.assert_allclose(names["gradient"], expected, rtol=1e-5, atol=1e-6)
 
-        plain, updates = names["Stage"]().apply(
-            names["variables"], names["images"], mutable=["batch_stats"]
+        apply = jax.jit(names["Stage"]().apply, static_argnames="mutable")
+        plain, updates = apply(
+            names["variables"], names["images"], mutable=("batch_stats",)
         )
         np.testing.assert_allclose(names["y"], plain, rtol=1e-5, atol=1e-6)
         chex.assert_trees_all_close(names["updates"], updates, rtol=1e-5)
@@ -76,7 +77,7 @@ def test_memory_snippets_have_the_gradients_of_the_plain_stages():
         def nnx_loss(stage):
             return jnp.mean(stage(names["images"]) ** 2)
 
-        plain = nnx.grad(nnx_loss)(names["nnx_stage"])
+        plain = nnx.jit(nnx.grad(nnx_loss))(names["nnx_stage"])
         chex.assert_trees_all_close(names["nnx_gradient"], plain, rtol=1e-4, atol=1e-6)
 
 

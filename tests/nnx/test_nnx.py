@@ -6,6 +6,7 @@ Tests that linen and nnx share are in `tests/layers/test_layers.py`.
 import inspect
 import pickle
 from copy import deepcopy
+from functools import partial
 from typing import Any
 
 import jax
@@ -284,7 +285,7 @@ def run(model, x):
         model = nnx.merge(graphdef, params, rest)
         return model(x), nnx.state(model, nnx.BatchStat)
 
-    return everything(step, *state, x)
+    return jax.jit(partial(everything, step))(*state, x)
 
 
 def test_replace_computes_as_jaxbn_and_restore_as_flax(x):
