@@ -59,3 +59,10 @@ def squeeze_features(stats: Array, feature_axes: Axes) -> Array:
 def _sorting_permutation(order: Axes) -> Axes:
     """Return the permutation that sorts `order`; applied twice, its inverse."""
     return tuple(sorted(range(len(order)), key=order.__getitem__))
+
+
+def split_axis(array: Array, axis: int, size: int) -> Array:
+    """Split an axis into groups of `size`; an axis of length 1 into (1, 1)."""
+    length = array.shape[axis]
+    groups = (1, 1) if length == 1 else (length // size, size)
+    return array.reshape(*array.shape[:axis], *groups, *array.shape[axis + 1 :])

@@ -10,36 +10,16 @@ from functools import partial
 from typing import Literal
 
 import jax
-import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike, DTypeLike
 from jaxtyping import Inexact
 
-from .axes import check_axis, expand_features, reduction_axes, squeeze_features
-from .checkpoint import name_saved
-from .dtypes import accumulation_dtype, real_dtype
-from .moments import Moments, moments
-from .normalize import normalize
-from .options import (
-    StaticOptions,
-    check_autodiff,
-    check_epsilon,
-    check_momentum,
-    check_output_dtype,
-    check_train,
-    check_unbiased,
-    explain_forward_mode,
-)
-from .running import update_running_stats
-from .sharding import shard_like
-from .sync import check_axis_name, check_groups, explain_collectives, merge
-from .variables import (
-    AnyParams,
-    BatchNormState,
-    check_kinds,
-    check_variables,
-)
-from .weights import check_mask
+from .arguments import check_arguments, explain_transformations
+from .options import StaticOptions
+from .running import update
+from .steps import batch_moments, in_accumulation_dtype, infer, normalize_batch
+from .variables import AnyParams, BatchNormState
+from .virtual_batches import check_virtual_batch_size, train_by_virtual_batches
 
 
 def batch_norm(
@@ -57,6 +37,7 @@ def batch_norm(
     axis_index_groups: Sequence[Sequence[int]] | None = None,
     dtype: DTypeLike | None = None,
     autodiff: Literal["custom_vjp", "jax"] = "custom_vjp",
+    virtual_batch_size: int | None = None,
 ) -> tuple[Inexact[Array, ...], BatchNormState]:
     """Normalize `x` over all axes but the feature axes.
 
@@ -102,6 +83,12 @@ def batch_norm(
       and per-feature vectors. Use `"jax"`, the same formula in plain JAX, for the
       transformations that refuse a `custom_vjp`: `jax.jvp`, `jax.jacfwd`,
       `jax.linearize`, `jax.experimental.jet`. Complex `x` always uses it.
+    - `virtual_batch_size`: ghost batch norm. Each group of so many consecutive
+      examples, along the first reduced axis, is normalized by its own statistics, and
+      the running statistics are updated with the mean over the groups of mean and
+      variance. The size is that of the whole batch's groups: with `axis_name` a group
+      is a part of one device's share, or the shares of consecutive devices. It is
+      ignored with `train=False`.
 
     **Returns** `(y, new_state)`. Statistics are accumulated in float32 or wider, and
     the state keeps its dtypes; only a real mean becomes complex, by the first complex
@@ -137,46 +124,29 @@ def batch_norm(
     Array([[-0.707, -0.707],
            [ 0.707,  0.707]], dtype=float32)
     """
-    check_kinds(params, state)
-    x = check_input(x)
-    options = StaticOptions(
-        train=check_train(train),
-        axis=check_axis(axis, x.ndim),
-        unbiased=check_unbiased(unbiased),
-        axis_name=check_axis_name(axis_name),
-        axis_index_groups=check_groups(axis_index_groups, axis_name),
-        dtype=check_output_dtype(dtype, x.dtype),
-        autodiff=check_autodiff(autodiff),
+    arguments = check_arguments(
+        *(params, state, x, train),
+        axis=axis,
+        momentum=momentum,
+        epsilon=epsilon,
+        unbiased=unbiased,
+        mask=mask,
+        axis_name=axis_name,
+        axis_index_groups=axis_index_groups,
+        dtype=dtype,
+        autodiff=autodiff,
     )
-    arrays = check_variables(params, state, x, options.axis)
-    mask = check_mask(mask, x.shape)
-    momentum, epsilon = check_momentum(momentum), check_epsilon(epsilon)
-    # In Python's float64 where momentum is a number: float32 has no 0.9999.
-    batch_weight = None if momentum is None else 1 - momentum
-    explain = explain_collectives(options.axis_name, options.axis_index_groups)
-    with explain, explain_forward_mode():
-        y, new_state = _batch_norm(*arrays, x, mask, batch_weight, epsilon, options)
-    return y, new_state if options.train else state
-
-
-def check_input(x: ArrayLike) -> Array:
-    """Return `x` as a floating or complex array with at least one axis."""
-    x = jnp.asarray(x)
-    if not jnp.issubdtype(x.dtype, jnp.inexact):
-        raise TypeError(
-            f"x must be floating or complex; got {x.dtype} of shape {x.shape}. "
-            "Cast it first, for instance x.astype(jnp.float32)."
-        )
-    if x.ndim == 0:
-        raise ValueError(
-            f"x must have at least one axis, the features; got shape (), {x.dtype}. "
-            "Give a single value the shape (1, 1): one row, one feature."
-        )
-    return x
+    size = check_virtual_batch_size(virtual_batch_size)
+    if not train:
+        return infer(arguments), state
+    with explain_transformations(arguments.options):
+        if size is None:
+            return _train(*arguments)
+        return train_by_virtual_batches(*arguments, size)
 
 
 @partial(jax.jit, inline=True, static_argnames="options")
-def _batch_norm(
+def _train(
     params: AnyParams,
     state: BatchNormState,
     x: Array,
@@ -185,65 +155,7 @@ def _batch_norm(
     epsilon: ArrayLike,
     options: StaticOptions,
 ) -> tuple[Array, BatchNormState]:
-    """Run the four steps, with every vector expanded to x's rank."""
-    axes = reduction_axes(options.axis, x.ndim)
-    closed_form = options.autodiff == "custom_vjp" and not jnp.iscomplexobj(x)
-    acc_dtype = accumulation_dtype(x.dtype, state.mean.dtype, real_dtype(options.dtype))
-
-    def expand(vector: Array) -> Array:
-        return shard_like(expand_features(vector, options.axis, x.ndim), x)
-
-    def squeeze(stats: Array, vector: Array) -> Array:
-        return shard_like(squeeze_features(stats, options.axis), vector)
-
-    if closed_form:
-        x = name_saved(x)
-    # The gradient leaves through x_acc, so that the two parts, from moments and from
-    # normalize, are added before they are rounded to x's dtype. The values come from
-    # x, which is saved.
-    x_acc = x.astype(acc_dtype)
-    mask = None if mask is None else shard_like(mask, x)
-    scale, bias = map(expand, _fill_missing_params(params, state.mean))
-    running = state._replace(mean=expand(state.mean), var=expand(state.var))
-    mean, var = running.mean, running.var
-    if options.train:
-        with jax.named_scope("jaxbn.moments"):
-            local = moments(
-                *(x_acc, x, mask, axes), closed_form=closed_form, guess=(mean, var)
-            )
-        with jax.named_scope("jaxbn.merge"):
-            batch = merge(local, options.axis_name, options.axis_index_groups)
-        mean, var = _batch_or_running(batch, running)
-        with jax.named_scope("jaxbn.update_running_stats"):
-            running = update_running_stats(
-                running, batch, batch_weight, options.unbiased
-            )
-    with jax.named_scope("jaxbn.normalize"):
-        y = normalize(
-            *(x_acc, x, mean, var, scale, bias, epsilon),
-            axes=axes,
-            dtype=options.dtype,
-            closed_form=closed_form,
-        )
-    mean, var = squeeze(running.mean, state.mean), squeeze(running.var, state.var)
-    return y, BatchNormState(mean, var, running.count)
-
-
-def _batch_or_running(batch: Moments, running: BatchNormState) -> tuple[Array, Array]:
-    """Return the batch statistics, or the running ones for features with n = 0."""
-    n, mean, var = batch.n, batch.mean, batch.var
-    if isinstance(n, int) and n > 0:
-        return mean, var
-    return (
-        jnp.where(n > 0, mean, running.mean.astype(mean.dtype)),
-        jnp.where(n > 0, var, running.var.astype(var.dtype)),
-    )
-
-
-def _fill_missing_params(params: AnyParams, mean: Array) -> tuple[Array, Array]:
-    """Return scale and bias as arrays: 1 and 0 if they are `None`."""
-    scale, bias = params
-    return (
-        jnp.ones_like(mean) if scale is None else scale,
-        jnp.zeros_like(mean) if bias is None else bias,
-    )
+    x_acc, x = in_accumulation_dtype(x, state, options)
+    mean, var, batch = batch_moments(state, x_acc, x, mask, options)
+    state = update(state, batch, batch_weight, options.unbiased)
+    return normalize_batch(params, mean, var, x_acc, x, epsilon, options), state

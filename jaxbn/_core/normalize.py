@@ -4,48 +4,160 @@ Last step. The statistics are the batch's in training and the running ones at
 inference; the formula is the same.
 """
 
+from __future__ import annotations  # for a signature that `help` prints as written here
+
+from collections.abc import Sequence
 from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
-from jax.typing import ArrayLike
+from jax.typing import ArrayLike, DTypeLike
 from jaxtyping import Float, Inexact
 
-from .axes import Axes
-from .dtypes import real_dtype
+from .axes import Axes, check_axis, reduction_axes
+from .checkpoint import name_saved
+from .dtypes import accumulation_dtype, real_dtype
+from .options import (
+    Autodiff,
+    check_autodiff,
+    check_epsilon,
+    check_input,
+    check_output_dtype,
+    explain_forward_mode,
+    uses_closed_form,
+)
 from .reductions import materialize_on_cpu, product_sums
-from .sharding import match_vma
+from .sharding import expand_like, match_vma
+from .variables import (
+    AnyParams,
+    BatchNormParams,
+    check_features,
+    check_kind,
+    check_params,
+)
 
 Vector = Inexact[Array, "*stats"]  # with x's rank, length 1 along the reduction axes
 
 
 def normalize(
-    x_acc: Inexact[Array, "*x"],
-    x: Inexact[Array, "*x"],
-    mean: Vector,
-    var: Float[Array, "*stats"],
-    scale: Vector,
-    bias: Vector,
+    params: AnyParams,
+    mean: ArrayLike,
+    var: ArrayLike,
+    x: ArrayLike,
+    *,
+    axis: int | Sequence[int] = -1,
+    epsilon: ArrayLike = 1e-5,
+    dtype: DTypeLike | None = None,
+    autodiff: Autodiff = "custom_vjp",
+) -> Inexact[Array, ...]:
+    """Normalize `x` by given statistics.
+
+        y = (x - μ) / √(σ² + ε) · scale + bias
+
+    The last step of `batch_norm`. With the batch's own statistics it trains, with the
+    running ones it is the inference; the gradient is exact for every array.
+
+    **Arguments**
+
+    - `params`: scale and bias, or `None` for one of them.
+    - `mean`, `var`: in the features' shape, from `batch_statistics` or a state.
+    - `x`, `axis`, `epsilon`, `dtype`, `autodiff`: as in `batch_norm`.
+
+    **Returns** y, in x's shape and in `dtype`.
+
+    **Raises** `ValueError` for shapes and options, `TypeError` for dtypes and kinds,
+    while tracing.
+
+    >>> import jax.numpy as jnp, jaxbn
+    >>> params, _ = jaxbn.init(2)
+    >>> x = jnp.array([[1.0, 10.0], [3.0, 30.0]])
+    >>> mean, var, _ = jaxbn.batch_statistics(x)
+    >>> jaxbn.normalize(params, mean, var, x).round(3)
+    Array([[-1., -1.],
+           [ 1.,  1.]], dtype=float32)
+    """
+    check_kind(
+        *("params", params, BatchNormParams),
+        "The order is normalize(params, mean, var, x); jaxbn.init returns params",
+    )
+    x = check_input(x)
+    axes = check_axis(axis, x.ndim)
+    params = check_params(params, x, axes)
+    mean = check_features("mean", mean, x, axes)
+    var = check_features("var", var, x, axes)
+    with explain_forward_mode():
+        return normalize_by(
+            *(params, mean, var, x, check_epsilon(epsilon)),
+            axis=axes,
+            dtype=check_output_dtype(dtype, x.dtype),
+            autodiff=check_autodiff(autodiff),
+        )
+
+
+@partial(jax.jit, inline=True, static_argnames=("axis", "dtype", "autodiff"))
+def normalize_by(
+    params: AnyParams,
+    mean: Array,
+    var: Array,
+    x: Array,
     epsilon: ArrayLike,
     *,
-    axes: Axes,
+    axis: Axes,
+    dtype: np.dtype,
+    autodiff: Autodiff,
+) -> Array:
+    """Return y; every vector has the features' shape."""
+    closed_form = uses_closed_form(autodiff, x)
+    x = name_saved(x) if closed_form else x
+    x_acc = x.astype(accumulation_dtype(x.dtype, mean.dtype, real_dtype(dtype)))
+    mean, var = (expand_like(v, axis, x) for v in (mean, var))
+    return normalize_expanded(
+        *(params, mean, var, x_acc, x, epsilon),
+        axis=axis,
+        dtype=dtype,
+        closed_form=closed_form,
+    )
+
+
+def _expand_params(
+    params: AnyParams, mean: Vector, axis: Axes, x: Inexact[Array, "*x"]
+) -> tuple[Vector, Vector]:
+    """Return scale and bias, of x's rank: 1 and 0 if they are `None`."""
+    scale, bias = (None if v is None else expand_like(v, axis, x) for v in params)
+    return (
+        jnp.ones_like(mean) if scale is None else scale,
+        jnp.zeros_like(mean) if bias is None else bias,
+    )
+
+
+def normalize_expanded(
+    params: AnyParams,
+    mean: Vector,
+    var: Float[Array, "*stats"],
+    x_acc: Inexact[Array, "*x"],
+    x: Inexact[Array, "*x"],
+    epsilon: ArrayLike,
+    *,
+    axis: Axes,
     dtype: np.dtype,
     closed_form: bool,
 ) -> Inexact[Array, "*x"]:
-    """Return y = (x - μ) / √(σ² + ε) · scale + bias, in `dtype`.
+    """Return y by statistics of x's rank and parameters in the features' shape.
 
     It is computed in the dtype of `x_acc`; `x_acc` and `x` are as in `moments`.
     """
-    mean, scale, bias = (v.astype(x_acc.dtype) for v in (mean, scale, bias))
-    var = var.astype(real_dtype(x_acc.dtype))
-    epsilon = jnp.asarray(epsilon, var.dtype)
-    if closed_form:
-        arrays = match_vma(x_acc, x, mean, var, scale, bias, epsilon)
-        return _normalize_vjp(*arrays, axes, dtype)
-    factor = inverse_std(var, epsilon).astype(scale.dtype) * scale
-    return _formula(x_acc, mean, factor, bias, dtype)
+    with jax.named_scope("jaxbn.normalize"):
+        scale, bias = _expand_params(params, mean, axis, x)
+        mean, scale, bias = (v.astype(x_acc.dtype) for v in (mean, scale, bias))
+        var = var.astype(real_dtype(x_acc.dtype))
+        epsilon = jnp.asarray(epsilon, var.dtype)
+        if closed_form:
+            arrays = match_vma(x_acc, x, mean, var, scale, bias, epsilon)
+            return _normalize_vjp(*arrays, reduction_axes(axis, x.ndim), dtype)
+        factor = inverse_std(var, epsilon).astype(scale.dtype) * scale
+        return _formula(x_acc, mean, factor, bias, dtype)
 
 
 def _formula(
@@ -55,7 +167,7 @@ def _formula(
     return ((x.astype(mean.dtype) - mean) * factor + bias).astype(dtype)
 
 
-def inverse_std(var: Float[Array, "..."], epsilon: ArrayLike) -> Float[Array, "..."]:
+def inverse_std(var: Float[Array, ...], epsilon: ArrayLike) -> Float[Array, ...]:
     """Return (σ² + ε)^(-1/2), and 0 where both are 0, so that y is the bias there."""
     variance = var + epsilon
     # Not rsqrt: its derivative has (σ² + ε)^(-3/2), which underflows for σ of 1e15.

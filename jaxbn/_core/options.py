@@ -28,6 +28,22 @@ class StaticOptions(NamedTuple):
     autodiff: Autodiff
 
 
+def check_input(x: ArrayLike) -> Array:
+    """Return `x` as a floating or complex array with at least one axis."""
+    x = jnp.asarray(x)
+    if not jnp.issubdtype(x.dtype, jnp.inexact):
+        raise TypeError(
+            f"x must be floating or complex; got {x.dtype} of shape {x.shape}. "
+            "Cast it first, for instance x.astype(jnp.float32)."
+        )
+    if x.ndim == 0:
+        raise ValueError(
+            f"x must have at least one axis, the features; got shape (), {x.dtype}. "
+            "Give a single value the shape (1, 1): one row, one feature."
+        )
+    return x
+
+
 def check_train(train: bool) -> bool:
     """Return `train` as a Python bool: the two modes are two different programs."""
     if isinstance(train, bool | np.bool_):
@@ -61,6 +77,17 @@ def check_epsilon(epsilon: ArrayLike) -> float | Array:
             "It is added to the variance: pass a small number such as 1e-5."
         )
     return epsilon
+
+
+def check_limit(name: str, limit: ArrayLike, minimum: int) -> float | Array:
+    """Return `limit` as a number of at least `minimum`, if its value is known."""
+    limit = _check_scalar(name, limit)
+    if isinstance(limit, float) and not limit >= minimum:
+        raise ValueError(
+            f"{name} must be at least {minimum}; got {limit}. "
+            "With r_max=1 and d_max=0 batch renorm is batch norm."
+        )
+    return limit
 
 
 def _check_scalar(name: str, value: ArrayLike) -> float | Array:
@@ -109,6 +136,11 @@ def check_autodiff(autodiff: Autodiff) -> Autodiff:
             "'jax' for jvp, jacfwd and linearize, 'custom_vjp' for the rest."
         )
     return autodiff
+
+
+def uses_closed_form(autodiff: Autodiff, x: Array) -> bool:
+    """Decide on the derivative; a complex x takes the plain formula."""
+    return autodiff == "custom_vjp" and not jnp.iscomplexobj(x)
 
 
 @contextmanager

@@ -1,44 +1,113 @@
 """The running statistics, which inference uses. Third step."""
 
+from __future__ import annotations  # for a signature that `help` prints as written here
+
+import jax
 import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 from jaxtyping import Bool
 
-from .moments import Moments
-from .variables import BatchNormState
+from .dtypes import accumulation_dtype
+from .options import check_momentum, check_unbiased
+from .sharding import shard_like
+from .statistics import BatchStatistics
+from .variables import BatchNormState, check_kind
 from .weights import bessel_correction
 
 
 def update_running_stats(
     state: BatchNormState,
-    batch: Moments,
+    batch: BatchStatistics,
+    *,
+    momentum: ArrayLike | None = 0.99,
+    unbiased: bool = True,
+) -> BatchNormState:
+    """Update the running statistics with the statistics of one batch.
+
+        running += (1 - momentum) · (batch - running)
+
+    The third step of `batch_norm`. A feature is updated if n > ddof, with ddof = 1 for
+    the unbiased variance n/(n-1)·σ² and 0 for the biased one, and if the state's dtype
+    can hold its statistics. `count` grows by 1 if any feature was updated.
+
+    **Arguments**
+
+    - `state`: from `jaxbn.init`.
+    - `batch`: from `jaxbn.batch_statistics`.
+    - `momentum`, `unbiased`: as in `batch_norm`.
+
+    **Returns** the new state, in the dtypes of `state`.
+
+    **Raises** `TypeError` for other tuples, `ValueError` for other features or a
+    momentum outside [0, 1].
+
+    >>> import jax.numpy as jnp, jaxbn
+    >>> _, state = jaxbn.init(2)
+    >>> batch = jaxbn.batch_statistics(jnp.array([[1.0, 10.0], [3.0, 30.0]]))
+    >>> jaxbn.update_running_stats(state, batch, momentum=0.5).mean
+    Array([ 1., 10.], dtype=float32)
+    """
+    state, batch = _check_features(state, batch)
+    batch_weight = to_batch_weight(check_momentum(momentum))
+    return _update(state, batch, batch_weight, check_unbiased(unbiased))
+
+
+def _check_features(
+    state: BatchNormState, batch: BatchStatistics
+) -> tuple[BatchNormState, BatchStatistics]:
+    """Return both as arrays of the same features."""
+    order = "The order is update_running_stats(state, batch)"
+    check_kind("state", state, BatchNormState, order)
+    check_kind("batch", batch, BatchStatistics, order)
+    state, batch = jax.tree.map(jnp.asarray, (state, batch))
+    if not state.mean.shape == state.var.shape == batch.mean.shape == batch.var.shape:
+        raise ValueError(
+            "state and batch must have the same features; got state.mean "
+            f"{state.mean.shape}, state.var {state.var.shape}, batch.mean "
+            f"{batch.mean.shape} and batch.var {batch.var.shape}. Pass "
+            "batch_statistics the axis of the layer."
+        )
+    if jnp.iscomplexobj(batch.mean):
+        mean = state.mean.astype(accumulation_dtype(batch.mean.dtype, state.mean.dtype))
+        state = state._replace(mean=mean)
+    return state, batch
+
+
+def to_batch_weight(momentum: ArrayLike | None) -> ArrayLike | None:
+    """Return 1 - momentum, in Python's float64 for a number: float32 has no 0.9999."""
+    return None if momentum is None else 1 - momentum
+
+
+def update(
+    state: BatchNormState,
+    batch: BatchStatistics,
     batch_weight: ArrayLike | None,
     unbiased: bool,
 ) -> BatchNormState:
-    """Update the running statistics with one batch; all vectors have x's rank.
+    """Return the updated state; the weight of `None` is 1 / (count + 1).
 
-        running += batch_weight · (batch - running)
-
-    with `batch_weight` = 1 - momentum or, if it is `None`, 1 / (count + 1), for the
-    average of all batches with equal weight. A weight of 1 replaces the old statistics,
-    also where they are NaN. A feature is updated if n > ddof, with ddof = 1 for the
-    unbiased variance n/(n-1)·σ² and 0 for the biased one, if the state's dtype can hold
-    the batch's statistics, and if the difference to the old ones does not overflow.
+    That is the average of all batches with equal weight. A weight of 1 replaces the old
+    statistics, also where they are NaN.
     """
-    ddof = int(unbiased)
-    batch_var = batch.var * bessel_correction(batch.n) if unbiased else batch.var
-    if batch_weight is None:
-        batch_weight = 1 / (state.count.astype(batch.var.dtype) + 1)
-    mean = _mix(state.mean, batch.mean, batch_weight)
-    var = _mix(state.var, batch_var, batch_weight)
-    fits = _fits(mean, batch.mean) & _fits(var, batch_var)
-    is_updated = fits & (batch.n > ddof)
-    return BatchNormState(
-        mean=jnp.where(is_updated, mean, state.mean),
-        var=jnp.where(is_updated, var, state.var),
-        count=state.count + jnp.any(is_updated).astype(state.count.dtype),
-    )
+    with jax.named_scope("jaxbn.update_running_stats"):
+        batch = BatchStatistics(*(shard_like(v, state.mean) for v in batch))
+        ddof = int(unbiased)
+        batch_var = batch.var * bessel_correction(batch.n) if unbiased else batch.var
+        if batch_weight is None:
+            batch_weight = 1 / (state.count.astype(batch.var.dtype) + 1)
+        mean = _mix(state.mean, batch.mean, batch_weight)
+        var = _mix(state.var, batch_var, batch_weight)
+        fits = _fits(mean, batch.mean) & _fits(var, batch_var)
+        is_updated = fits & (batch.n > ddof)
+        return BatchNormState(
+            mean=jnp.where(is_updated, mean, state.mean),
+            var=jnp.where(is_updated, var, state.var),
+            count=state.count + jnp.any(is_updated).astype(state.count.dtype),
+        )
+
+
+_update = jax.jit(update, inline=True, static_argnames="unbiased")
 
 
 def _mix(running: Array, new: Array, batch_weight: ArrayLike) -> Array:
@@ -54,7 +123,7 @@ def _mix(running: Array, new: Array, batch_weight: ArrayLike) -> Array:
     return mixed.astype(running.dtype)
 
 
-def _fits(mixed: Array, new: Array) -> Bool[Array, "..."]:
+def _fits(mixed: Array, new: Array) -> Bool[Array, ...]:
     """Decide whether the state's dtype holds `new` and the average with it.
 
     In one dtype the average is not finite where `new` is not.

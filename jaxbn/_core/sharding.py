@@ -4,10 +4,14 @@
 the explicit kind are part of an array's type. Operands must agree in both.
 """
 
+import math
+
 import jax
 from jax import Array, lax
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import PyTree
+
+from .axes import Axes, expand_features, squeeze_features
 
 
 def match_vma(*trees: PyTree[Array]) -> tuple:
@@ -50,3 +54,23 @@ def shard_like(array: Array, x: Array) -> Array:
     if jax.typeof(array).sharding.spec == spec:
         return array
     return jax.reshard(array, NamedSharding(sharding.mesh, spec))
+
+
+def explicit_shards(x: Array, axis: int) -> int:
+    """Return over how many devices of explicit mesh axes an axis of x is divided."""
+    sharding = jax.typeof(x).sharding
+    if sharding.mesh.empty or sharding.spec[axis] is None:
+        return 1
+    names = sharding.spec[axis]
+    names = names if isinstance(names, tuple) else (names,)
+    return math.prod(sharding.mesh.shape[name] for name in names)
+
+
+def expand_like(vector: Array, feature_axes: Axes, x: Array) -> Array:
+    """Expand the features' shape to x's rank, sharded as `x`."""
+    return shard_like(expand_features(vector, feature_axes, x.ndim), x)
+
+
+def squeeze_like(stats: Array, feature_axes: Axes, vector: Array) -> Array:
+    """Undo `expand_like`, sharded as `vector`."""
+    return shard_like(squeeze_features(stats, feature_axes), vector)

@@ -152,17 +152,21 @@ def _check_param_dtype(param_dtype: DTypeLike) -> np.dtype:
 
 def check_kinds(params: object, state: object) -> None:
     """Check that `params` and `state` are jaxbn's tuples, in this order."""
-    for name, value, kind in (
-        ("params", params, BatchNormParams),
-        ("state", state, BatchNormState),
-    ):
-        if not isinstance(value, kind):
-            raise TypeError(
-                f"{name} must be a {kind.__name__}; got {_describe(value)}. The order "
-                "is batch_norm(params, state, x, train). jaxbn.init(num_features) "
-                "returns params and state; for a restored dict pass "
-                f"jaxbn.{kind.__name__}(**restored)."
-            )
+    order = (
+        "The order is batch_norm(params, state, x, train). "
+        "jaxbn.init(num_features) returns params and state"
+    )
+    check_kind("params", params, BatchNormParams, order)
+    check_kind("state", state, BatchNormState, order)
+
+
+def check_kind(name: str, value: object, kind: type, advice: str) -> None:
+    """Check that `value` is a tuple of the class `kind`."""
+    if not isinstance(value, kind):
+        raise TypeError(
+            f"{name} must be a {kind.__name__}; got {_describe(value)}. {advice}; "
+            f"for a restored dict pass jaxbn.{kind.__name__}(**restored)."
+        )
 
 
 def _describe(value: object) -> str:
@@ -175,19 +179,24 @@ def check_variables(
     params: AnyParams, state: BatchNormState, x: Array, axes: Axes
 ) -> tuple[AnyParams, BatchNormState]:
     """Return `params` and `state` as arrays that fit the feature axes of `x`."""
-    scale, bias = (
-        None if value is None else _check_features(f"params.{name}", value, x, axes)
-        for name, value in params._asdict().items()
-    )
-    mean = _check_features("state.mean", state.mean, x, axes)
-    var = _check_features("state.var", state.var, x, axes)
+    mean = check_features("state.mean", state.mean, x, axes)
+    var = check_features("state.var", state.var, x, axes)
     if jnp.iscomplexobj(x):
         mean = mean.astype(accumulation_dtype(x.dtype, mean.dtype))
     count = jnp.asarray(state.count)
-    return BatchNormParams(scale, bias), BatchNormState(mean, var, count)
+    return check_params(params, x, axes), BatchNormState(mean, var, count)
 
 
-def _check_features(name: str, value: ArrayLike, x: Array, axes: Axes) -> Array:
+def check_params(params: AnyParams, x: Array, axes: Axes) -> AnyParams:
+    """Return `params` as arrays that fit the feature axes of `x`."""
+    scale, bias = (
+        None if value is None else check_features(f"params.{name}", value, x, axes)
+        for name, value in params._asdict().items()
+    )
+    return BatchNormParams(scale, bias)
+
+
+def check_features(name: str, value: ArrayLike, x: Array, axes: Axes) -> Array:
     shape = tuple(x.shape[a] for a in axes)
     value = jnp.asarray(value)
     if value.shape != shape:

@@ -1,4 +1,4 @@
-"""Batch norm at inference is affine: two vectors, or part of the preceding layer."""
+"""Batch norm at inference as a part of the linear layer before or after it."""
 
 from collections.abc import Sequence
 from functools import partial
@@ -7,53 +7,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
-from jax.core import Tracer
 from jax.typing import ArrayLike
-from jaxtyping import Float, Inexact
+from jaxtyping import Inexact
 
-from .._core.axes import Axes, check_axis, expand_features
-from .._core.dtypes import accumulation_dtype, real_dtype
-from .._core.normalize import inverse_std
+from .._core.axes import Axes, check_axis, expand_features, reduction_axes
 from .._core.options import check_epsilon
 from .._core.variables import AnyParams, BatchNormState
-
-Vector = Inexact[Array, "*features"]
-
-
-def inference_affine(
-    params: AnyParams,
-    state: BatchNormState,
-    epsilon: ArrayLike = 1e-5,
-) -> tuple[Vector, Vector]:
-    """Return inference as one affine map: y = x · scale + offset.
-
-        scale  = params.scale / √(var + ε)
-        offset = params.bias - mean · scale
-
-    **Arguments**
-
-    - `params`, `state`: as in `batch_norm`; a scale of `None` is 1, a bias of `None` 0.
-    - `epsilon`: added to the variance, the same as in training.
-
-    **Returns** `(scale, offset)` in the features' shape, in float32 or wider.
-
-    **Raises** `ValueError` if the shapes differ, or if a variance is negative or NaN,
-    which is visible outside of `jit` alone; `TypeError` for dtypes.
-
-    `batch_norm` subtracts the mean first. This form rounds more if the mean is large:
-    by about 1e-7·|μ|/σ of y's deviation.
-
-    Source: Ioffe & Szegedy, [arXiv:1502.03167](https://arxiv.org/abs/1502.03167),
-    Algorithm 2, step 11.
-
-    >>> import jax.numpy as jnp, jaxbn
-    >>> params = jaxbn.BatchNormParams(jnp.array([3.0]), jnp.array([1.0]))
-    >>> state = jaxbn.BatchNormState(jnp.array([10.0]), jnp.array([4.0]), 1.0)
-    >>> jaxbn.inference_affine(params, state, epsilon=0.0)
-    (Array([1.5], dtype=float32), Array([-14.], dtype=float32))
-    """
-    statistics = _check_statistics(params, state)
-    return _inference_affine(*statistics, check_epsilon(epsilon))
+from .affine import Vector, centred_affine, check_inexact, check_statistics
 
 
 def fold(
@@ -64,8 +24,9 @@ def fold(
     *,
     epsilon: ArrayLike = 1e-5,
     axis: int | Sequence[int] = -1,
+    input_axis: int | Sequence[int] | None = None,
 ) -> tuple[Inexact[Array, "..."], Inexact[Array, "..."]]:
-    """Fold a batch norm into the preceding linear layer.
+    """Fold a batch norm into the linear layer before it, or after it.
 
         kernel' = kernel · scale
         bias'   = (bias - mean) · scale + params.bias
@@ -73,9 +34,16 @@ def fold(
     with scale = params.scale / √(var + ε). It holds for every layer that is linear and
     keeps its features apart: Dense, and convolutions of any rank, stride, dilation and
     padding, grouped, depthwise and transposed. Nothing may stand between the two, and
-    nothing else may use the layer's output. A batch norm *before* a layer is not
-    folded: the zeros of a padded convolution come after it, and its offset is not the
-    same at the border.
+    nothing else may use the layer's output.
+
+    With `input_axis` the batch norm is the one before the layer:
+
+        kernel' = scale · kernel, along the input features
+        bias'   = bias + Σ (params.bias - mean · scale) · kernel
+
+    summed over all axes but the output features. It holds for Dense and for
+    convolutions without padding: padded zeros come after the batch norm, so that its
+    offset is not the same at the border.
 
     **Arguments**
 
@@ -85,13 +53,17 @@ def fold(
       layer without a bias.
     - `params`, `state`, `epsilon`: the batch norm's, as in `inference_affine`.
     - `axis`: the axis of the output features in `kernel`: -2 for Flax's
-      `ConvTranspose(transpose_kernel=True)`; a tuple if the batch norm has one.
+      `ConvTranspose(transpose_kernel=True)`; a tuple if there are several.
+    - `input_axis`: for a batch norm before the layer, the axis of the input features in
+      `kernel`: -2 in Flax's layout, also of a grouped convolution; `None` for a batch
+      norm after the layer.
 
     **Returns** `(kernel, bias)`, in float32 or wider whatever the layer's dtype. Cast
     back, the folded layer rounds more than the two layers did.
 
     **Raises** `ValueError` if the features' shape is not the shape of `kernel` along
-    `axis`, and otherwise as `inference_affine`; `TypeError` for an integer kernel.
+    `axis` (along `input_axis`, times the number of groups), and otherwise as
+    `inference_affine`; `TypeError` for an integer kernel.
 
     Differences from PyTorch: `fuse_conv_bn_eval` keeps the kernel's dtype.
 
@@ -105,23 +77,23 @@ def fold(
     >>> jaxbn.fold(jnp.ones((2, 1)), None, params, state, epsilon=0.0)
     (Array([[1.5],
             [1.5]], dtype=float32), Array([-14.], dtype=float32))
+    >>> kernel = jnp.ones((1, 2))
+    >>> jaxbn.fold(kernel, None, params, state, epsilon=0.0, input_axis=-2)
+    (Array([[1.5, 1.5]], dtype=float32), Array([-14., -14.], dtype=float32))
     """
     kernel = jnp.asarray(kernel)
-    axes = check_axis(axis, kernel.ndim, of="the kernel")
-    features = tuple(kernel.shape[a] for a in axes)
+    outputs = check_axis(axis, kernel.ndim, of="the kernel")
+    features = tuple(kernel.shape[a] for a in outputs)
     bias = np.zeros(features, np.float32) if bias is None else bias
     bias = jnp.asarray(bias)
-    _check_layer(kernel, bias, axes, jnp.shape(state.mean))
-    statistics = _check_statistics(params, state)
-    return _fold(kernel, bias, *statistics, check_epsilon(epsilon), axes)
-
-
-@jax.jit
-def _inference_affine(
-    scale: Vector, bias: Vector, mean: Vector, var: Vector, epsilon: ArrayLike
-) -> tuple[Vector, Vector]:
-    scale, mean, bias = _centred_affine(scale, bias, mean, var, epsilon)
-    return scale, bias - mean * scale
+    inputs = input_axis
+    if inputs is not None:
+        inputs = check_axis(inputs, kernel.ndim, of="the kernel")
+    _check_layer(kernel, bias, outputs, inputs, jnp.shape(state.mean))
+    vectors = *check_statistics(params, state), check_epsilon(epsilon)
+    if inputs is None:
+        return _fold(kernel, bias, *vectors, outputs)
+    return _fold_before(kernel, bias, *vectors, outputs, inputs)
 
 
 # Compiled: a model has dozens of shapes, and each operation on each shape takes time.
@@ -137,7 +109,7 @@ def _fold(
     axes: Axes,
 ) -> tuple[Inexact[Array, "..."], Inexact[Array, "..."]]:
     affine = norm_scale, norm_bias, mean, var
-    vectors = _centred_affine(*affine, epsilon, kernel, bias)
+    vectors = centred_affine(*affine, epsilon, kernel, bias)
     trailing = tuple(range(bias.ndim - len(axes), bias.ndim))
     kernel_scale = expand_features(vectors[0], axes, kernel.ndim)
     scale, mean, offset = (expand_features(v, trailing, bias.ndim) for v in vectors)
@@ -145,81 +117,95 @@ def _fold(
     return kernel * kernel_scale, (bias - mean) * scale + offset
 
 
-def _centred_affine(
-    scale: Vector,
-    bias: Vector,
+@partial(jax.jit, static_argnames=("outputs", "inputs"))
+def _fold_before(
+    kernel: Inexact[Array, "..."],
+    bias: Inexact[Array, "..."],
+    norm_scale: Vector,
+    norm_bias: Vector,
     mean: Vector,
     var: Vector,
     epsilon: ArrayLike,
-    *others: Inexact[Array, "..."],
-) -> tuple[Vector, Vector, Vector]:
-    """Return a, μ and b of y = (x - μ) · a + b, in the widest dtype of all arrays."""
-    # A dtype below 16 bits widens nothing, and JAX promotes no 8-bit floats.
-    arrays = (scale, bias, mean, var, *others)
-    dtype = accumulation_dtype(*(a.dtype for a in arrays if a.dtype.itemsize > 1))
-    scale = scale.astype(dtype) * inverse_std(var.astype(real_dtype(dtype)), epsilon)
-    return scale, mean.astype(dtype), bias.astype(dtype)
+    outputs: Axes,
+    inputs: Axes,
+) -> tuple[Inexact[Array, "..."], Inexact[Array, "..."]]:
+    affine = norm_scale, norm_bias, mean, var
+    scale, mean, offset = centred_affine(*affine, epsilon, kernel, bias)
+    kernel, bias = kernel.astype(scale.dtype), bias.astype(scale.dtype)
+    expand = partial(_expand_inputs, shape=kernel.shape, outputs=outputs, inputs=inputs)
+    shift = kernel * expand(offset - mean * scale)
+    ascending = shift.sum(reduction_axes(outputs, kernel.ndim))
+    added = ascending.transpose([sorted(outputs).index(a) for a in outputs])
+    trailing = tuple(range(bias.ndim - len(outputs), bias.ndim))
+    return kernel * expand(scale), bias + expand_features(added, trailing, bias.ndim)
 
 
-def _check_statistics(
-    params: AnyParams, state: BatchNormState
-) -> tuple[Array, Array, Array, Array]:
-    """Return scale, bias, mean and var as arrays of one shape, var not negative."""
-    mean, var = jnp.asarray(state.mean), jnp.asarray(state.var)
-    scale = jnp.ones_like(mean) if params.scale is None else jnp.asarray(params.scale)
-    bias = jnp.zeros_like(mean) if params.bias is None else jnp.asarray(params.bias)
-    named = {"params.scale": scale, "params.bias": bias, "state.mean": mean}
-    for name, value in (named | {"state.var": var}).items():
-        _check_inexact(name, value)
-        if value.shape != mean.shape:
-            raise ValueError(
-                "params and state must have one shape, the features'; got "
-                f"{name} {value.shape} and state.mean {mean.shape}. "
-                "Take both from the same layer."
-            )
-    _check_not_negative(var)
-    return scale, bias, mean, var
+def _expand_inputs(
+    vector: Vector, shape: tuple[int, ...], outputs: Axes, inputs: Axes
+) -> Array:
+    """Expand the input features to the kernel's rank, each group's to its outputs."""
+    along = tuple(shape[a] for a in inputs)
+    if vector.shape == along:
+        return expand_features(vector, inputs, len(shape))
+    per_group = vector.reshape(-1, *along)
+    repeats = shape[outputs[0]] // per_group.shape[0]
+    of_output = jnp.repeat(per_group, repeats, axis=0)
+    return expand_features(of_output, (*outputs, *inputs), len(shape))
 
 
 def _check_layer(
-    kernel: Array, bias: Array, axes: Axes, features: tuple[int, ...]
+    kernel: Array,
+    bias: Array,
+    outputs: Axes,
+    inputs: Axes | None,
+    features: tuple[int, ...],
 ) -> None:
-    """Check that the layer's output features are the batch norm's `features`."""
-    _check_inexact("kernel", kernel)
-    _check_inexact("bias", bias)
-    along = tuple(kernel.shape[a] for a in axes)
-    if along != features:
+    """Check that the batch norm's `features` are the layer's, and the bias's shape."""
+    check_inexact("kernel", kernel)
+    check_inexact("bias", bias)
+    out_features = tuple(kernel.shape[a] for a in outputs)
+    if inputs is not None:
+        _check_inputs(kernel, outputs, inputs, features)
+    elif out_features != features:
         raise ValueError(
             "the batch norm must have the features of the layer before it; got "
-            f"statistics of shape {features}, and {along} along axis={axes} of the "
-            f"kernel {kernel.shape}. Only a batch norm over this layer's output can be "
-            "folded; pass axis= where the kernel's output features are not last."
+            f"statistics of shape {features}, and {out_features} along axis={outputs} "
+            f"of the kernel {kernel.shape}. Only a batch norm over this layer's output "
+            "can be folded; pass axis= where the kernel's output features are not last."
         )
-    if bias.shape[-len(axes) :] != features:
+    if bias.shape[-len(outputs) :] != out_features:
         raise ValueError(
             f"the layer's bias must end in the features' shape; got bias {bias.shape} "
-            f"for {features} features. Pass None for a layer without a bias."
+            f"for {out_features} features. Pass None for a layer without a bias."
         )
 
 
-def _check_inexact(name: str, value: Array) -> None:
-    if not jnp.issubdtype(value.dtype, jnp.inexact):
-        raise TypeError(
-            f"{name} must be floating or complex; got {value.dtype} of shape "
-            f"{value.shape}. Integers cannot hold the product with the scale: fold "
-            "first, then quantize."
-        )
-
-
-def _check_not_negative(var: Float[Array, "*features"]) -> None:
-    if not isinstance(var, Tracer) and not _all_not_negative(var):
+def _check_inputs(
+    kernel: Array, outputs: Axes, inputs: Axes, features: tuple[int, ...]
+) -> None:
+    """Check that the layer's input features are the batch norm's `features`."""
+    if set(inputs) & set(outputs):
         raise ValueError(
-            "a running variance must not be negative or NaN; got values from "
-            f"{var.min()} to {var.max()} in state.var. The checkpoint may be damaged, "
-            "or mean and var exchanged."
+            "input_axis must name other axes of the kernel than axis; got input_axis="
+            f"{inputs} and axis={outputs} for the kernel {kernel.shape}."
+        )
+    along = tuple(kernel.shape[a] for a in inputs)
+    out_features = tuple(kernel.shape[a] for a in outputs)
+    if features != along and not _are_groups(features, along, out_features):
+        raise ValueError(
+            "the batch norm must have the features of the layer after it; got "
+            f"statistics of shape {features}, and {along} along input_axis={inputs} of "
+            f"the kernel {kernel.shape}. Only a batch norm over this layer's input can "
+            "be folded; the features of a grouped convolution are the kernel's, times "
+            "the number of groups, which divides its output features."
         )
 
 
-@jax.jit
-def _all_not_negative(var: Float[Array, "*features"]) -> Array:
-    return (var >= 0).all()
+def _are_groups(
+    features: tuple[int, ...], along: tuple[int, ...], outputs: tuple[int, ...]
+) -> bool:
+    """Return whether the features are a grouped convolution's input features."""
+    if len(features) != 1 or len(along) != 1 or len(outputs) != 1:
+        return False
+    groups, rest = divmod(features[0], along[0])
+    return rest == 0 and groups > 0 and outputs[0] % groups == 0

@@ -16,8 +16,8 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from .._core.axes import check_axis
-from .._core.batch_norm import check_input
 from .._core.dtypes import accumulation_dtype, real_dtype
+from .._core.options import check_input
 from .._core.variables import BatchNormState
 from .._core.weights import check_mask
 from .accumulator import Accumulator, AnyArray
@@ -57,7 +57,8 @@ def population(
     - `batches`: an iterable of arrays, floating or complex, each the layer's input for
       one batch; or of pairs `(x, mask)`, with a mask as in `batch_norm`: n_B is Σ mask,
       or the effective number of a floating mask's weights. It is read once, one batch
-      at a time. Batches may differ in all but their features, and may be sharded.
+      at a time. Batches may differ in all but their features, and may be sharded. A
+      single batch is written `[x]`.
     - `axis`: the feature axis or axes, as in `batch_norm`.
     - `variance`: `"paper"` or `"total"`. A batch with n_B ≤ 1 has no variance: for
       "paper" it counts in the mean alone.
@@ -70,7 +71,7 @@ def population(
 
     **Raises** `ValueError` if there is no batch, if batches differ in their features,
     if a feature has no variance, or if a result is not finite; `TypeError` for dtypes
-    and kinds.
+    and kinds, and for an array where an iterable of batches belongs.
 
     Differences from PyTorch: `torch.optim.swa_utils.update_bn` gives each batch the
     same weight; here a short last batch has the weight of its elements.
@@ -118,6 +119,7 @@ def accumulate(
     progress: Callable[[Iterable[Batch]], Iterable[Batch]] | None,
 ) -> dict[str, Accumulator]:
     """Merge the accumulators of all batches by layer name, in float64 on the host."""
+    _check_is_iterable_of_batches(batches)
     if max_batches is not None:
         batches = _First(batches, _check_max_batches(max_batches))
     total: dict[str, Accumulator] = {}
@@ -189,6 +191,20 @@ def _check_max_batches(max_batches: int) -> int:
             f"max_batches must be at least 1; got {most}. Leave it out to read all."
         )
     return most
+
+
+def _check_is_iterable_of_batches(batches: object) -> None:
+    """Check that `batches` is not itself a batch: an array, or a tree of arrays."""
+    is_array = hasattr(batches, "__array__")
+    is_tree = isinstance(batches, Mapping) or hasattr(batches, "_fields")
+    if is_array or is_tree or not isinstance(batches, Iterable):
+        shape = f" of shape {tuple(getattr(batches, 'shape', ()))}" if is_array else ""
+        raise TypeError(
+            "batches must be an iterable of batches; got "
+            f"{type(batches).__name__}{shape}, which is one batch. Write [images] "
+            "for one batch of images, or list(batches) if each item of the first axis "
+            "is a batch."
+        )
 
 
 def _check_batch(batch: Batch) -> Batch:

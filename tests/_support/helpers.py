@@ -38,8 +38,10 @@ def rounded(case: Case, dtype) -> Case:
     return case._replace(**arrays, **vectors)
 
 
-def run(case: Case, train=True, jit=True, mask=None, **options) -> Result:
-    """Compute y, the new statistics and every gradient of the case by jaxbn.
+def run(
+    case: Case, train=True, jit=True, mask=None, function=jaxbn.batch_norm, **options
+) -> Result:
+    """Compute y, the new statistics and every gradient of the case by `function`.
 
     Cases that differ in values alone share one compiled program.
     """
@@ -53,6 +55,7 @@ def run(case: Case, train=True, jit=True, mask=None, **options) -> Result:
         (dy, dmean, dvar),
         jnp.int32(case.batches),
         mask,
+        function,
         (("train", train), *options.items()),
     )
     dscale, dbias, dmean, dvar, dx = gradients
@@ -60,18 +63,18 @@ def run(case: Case, train=True, jit=True, mask=None, **options) -> Result:
     return Result(y, mean, var, dx, dscale, dbias, dmean, dvar)
 
 
-def outputs_and_gradients(arguments, cotangents, count, mask, options):
+def outputs_and_gradients(arguments, cotangents, count, mask, function, options):
     def step(scale, bias, mean, var, x):
         params = jaxbn.BatchNormParams(scale, bias)
         state = jaxbn.BatchNormState(mean, var, count)
-        y, new = jaxbn.batch_norm(params, state, x, mask=mask, **dict(options))
+        y, new = function(params, state, x, mask=mask, **dict(options))
         return y, new.mean, new.var
 
     outputs, vjp = jax.vjp(step, *arguments)
     return outputs, vjp(cotangents)
 
 
-jitted_outputs_and_gradients = jax.jit(outputs_and_gradients, static_argnums=4)
+jitted_outputs_and_gradients = jax.jit(outputs_and_gradients, static_argnums=(4, 5))
 
 
 def assert_near(actual, expected, tolerance=1e-5, size=0.0, err_msg=""):

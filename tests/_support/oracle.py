@@ -146,6 +146,80 @@ def train_step(
     )
 
 
+def batch_moments(case, axis=-1, mask=None):
+    """Return mean and biased variance of each feature, the running ones if n = 0."""
+    w = np.ones(case.x.shape) if mask is None else np.broadcast_to(mask, case.x.shape)
+    x, w = (flatten_elements(np.asarray(a, np.float64), axis) for a in (case.x, w))
+    some, total = w.sum(0) > 0, np.where(w.sum(0) > 0, w.sum(0), 1)
+    mu = (w * x).sum(0) / total
+    var = (w * (x - mu) ** 2).sum(0) / total
+    return np.where(some, mu, case.mean), np.where(some, var, case.var)
+
+
+def renorm_step(case, *, r_max, d_max, axis=-1, epsilon=1e-5, mask=None, **options):
+    """Compute a step of batch renormalization: scale · r and bias + scale · d."""
+    mu, var = batch_moments(case, axis, mask)
+    std = np.sqrt(case.var.astype(np.float64) + epsilon)
+    r = np.clip(np.sqrt(var + epsilon) / std, 1 / r_max, r_max)
+    d = np.clip((mu - case.mean) / std, -d_max, d_max)
+    corrected = case._replace(scale=case.scale * r, bias=case.bias + case.scale * d)
+    step = train_step(corrected, axis=axis, epsilon=epsilon, mask=mask, **options)
+    sizes = {**step.sizes, "dscale": np.max(r * step.sizes["dscale"])}
+    return step._replace(dscale=r * step.dscale + d * step.dbias, sizes=sizes)
+
+
+def virtual_step(
+    case, size, *, axis=-1, momentum=0.99, unbiased=True, mask=None, **options
+):
+    """Compute a step of ghost batch norm, group by group along the first reduced axis.
+
+    Each group is a training step of its own whose momentum is 0, so that it returns the
+    statistics of the group alone.
+    """
+    case = Case(*(np.asarray(a, np.float64) for a in case))
+    features = {a % case.x.ndim for a in (axis if isinstance(axis, tuple) else (axis,))}
+    batch_axis = next(a for a in range(case.x.ndim) if a not in features)
+    mask = np.broadcast_to(1 if mask is None else mask, case.x.shape)
+    groups = case.x.shape[batch_axis] // size
+    split = [np.split(a, groups, batch_axis) for a in (case.x, case.dy, mask)]
+    weights = [flatten_elements(w.astype(np.float64), axis) for w in split[2]]
+    is_float = mask.dtype.kind in "fV"
+    ns = [effective_size(w) if is_float else w.sum(0) for w in weights]
+    updates = [n > unbiased for n in ns]
+    number = np.sum(updates, 0)
+    keep = case.batches / (case.batches + 1) if momentum is None else momentum
+    share = (1 - keep) / np.where(number > 0, number, 1)
+    steps = []
+    for x, dy, w, used in zip(*split, updates, strict=True):
+        part = case._replace(x=x, dy=dy, dmean=share * case.dmean * used)
+        part = part._replace(dvar=share * case.dvar * used)
+        options = {**options, "unbiased": unbiased, "momentum": 0.0}
+        steps.append(train_step(part, axis=axis, mask=w, **options))
+
+    def average(name, old):
+        new = sum(
+            np.where(u, getattr(s, name), 0)
+            for u, s in zip(updates, steps, strict=True)
+        )
+        return np.where(number > 0, keep * old + share * new, old)
+
+    def add(name):
+        return np.sum([getattr(s, name) for s in steps], 0)
+
+    old_share = np.where(number > 0, keep, 1)
+    return Result(
+        y=np.concatenate([s.y for s in steps], batch_axis),
+        mean=average("mean", case.mean),
+        var=average("var", case.var),
+        dx=np.concatenate([s.dx for s in steps], batch_axis),
+        dscale=add("dscale"),
+        dbias=add("dbias"),
+        dmean=add("dmean") + old_share * case.dmean,
+        dvar=add("dvar") + old_share * case.dvar,
+        sizes={k: sum(s.sizes[k] for s in steps) for k in steps[0].sizes},
+    )
+
+
 def inference(case, *, axis=-1, epsilon=1e-5) -> Result:
     """Compute inference and its gradients."""
     case = Case(*(np.asarray(a, np.float64) for a in case))

@@ -7,7 +7,7 @@ import pytest
 
 import jaxbn
 from jaxbn._core.moments import moments
-from jaxbn._core.normalize import normalize
+from jaxbn._core.normalize import normalize_expanded
 
 EPSILON = 0.1
 M, C = 11, 4
@@ -36,10 +36,10 @@ def normalize_vjp(symbols):
     """Return the cotangents of x (at fixed statistics), μ, σ², scale and bias."""
 
     def f(x, mean, var, scale, bias):
-        return normalize(
-            *(x, x, mean, var, scale, bias),
-            epsilon=EPSILON,
-            axes=(0,),
+        return normalize_expanded(
+            jaxbn.BatchNormParams(scale[0], bias[0]),
+            *(mean, var, x, x, EPSILON),
+            axis=(1,),
             dtype=x.dtype,
             closed_form=True,
         )

@@ -340,7 +340,7 @@ def test_gradients_of_momentum_and_epsilon_match_finite_differences(
 
 
 def test_eager_calls_of_a_schedule_share_one_compilation(rng):
-    jitted: Any = module._batch_norm
+    jitted: Any = module._train
     x = jnp.asarray(rng.normal(size=(6, 3)), jnp.float32)
     params, state = jaxbn.init(3)
     jitted.clear_cache()
@@ -353,7 +353,7 @@ def test_eager_calls_of_a_schedule_share_one_compilation(rng):
 @pytest.mark.usefixtures("unchecked_types")
 def test_eager_calls_share_one_compilation(rng):
     """Equal options of another type (list, NumPy scalar) reuse the program."""
-    jitted: Any = module._batch_norm
+    jitted: Any = module._train
 
     params, state = jaxbn.init(3)
     x = jnp.asarray(rng.normal(size=(7, 3)), jnp.float32)

@@ -1,0 +1,99 @@
+"""The steps of a training step, for batch norm and its variants.
+
+x → moments → merge → normalize → y, and the statistics → running statistics.
+"""
+
+import jax.numpy as jnp
+from jax import Array
+from jax.typing import ArrayLike
+from jaxtyping import Inexact
+
+from .arguments import Arguments, explain_transformations
+from .axes import reduction_axes
+from .checkpoint import name_saved
+from .dtypes import accumulation_dtype, real_dtype
+from .moments import Moments
+from .normalize import normalize_by, normalize_expanded
+from .options import StaticOptions, uses_closed_form
+from .sharding import expand_like
+from .statistics import BatchStatistics, moments_of_all, squeeze_statistics
+from .variables import AnyParams, BatchNormState
+
+
+def infer(arguments: Arguments) -> Array:
+    """Return y by the running statistics."""
+    params, state, x, _, _, epsilon, options = arguments
+    with explain_transformations(options):
+        return normalize_by(
+            *(params, state.mean, state.var, x, epsilon),
+            axis=options.axis,
+            dtype=options.dtype,
+            autodiff=options.autodiff,
+        )
+
+
+def in_accumulation_dtype(
+    x: Array, state: BatchNormState, options: StaticOptions
+) -> tuple[Array, Array]:
+    """Return x in the accumulation dtype, and x as it is saved.
+
+    The gradient leaves through the first, so that its two parts, from the statistics
+    and from `normalize`, are added before they are rounded to x's dtype. The values
+    come from the second.
+    """
+    dtype = accumulation_dtype(x.dtype, state.mean.dtype, real_dtype(options.dtype))
+    x = name_saved(x) if uses_closed_form(options.autodiff, x) else x
+    return x.astype(dtype), x
+
+
+def batch_moments(
+    state: BatchNormState,
+    x_acc: Inexact[Array, "*x"],
+    x: Inexact[Array, "*x"],
+    mask: Array | None,
+    options: StaticOptions,
+) -> tuple[Array, Array, BatchStatistics]:
+    """Return mean and variance for `normalize_batch`, and the batch's statistics.
+
+    The former have x's rank, and are the running ones for features with n = 0.
+    """
+    mean, var = (expand_like(v, options.axis, x) for v in (state.mean, state.var))
+    batch = moments_of_all(
+        *(x_acc, x, mask),
+        axes=reduction_axes(options.axis, x.ndim),
+        axis_name=options.axis_name,
+        groups=options.axis_index_groups,
+        closed_form=uses_closed_form(options.autodiff, x),
+        guess=(mean, var),
+    )
+    statistics = squeeze_statistics(batch, options.axis)
+    return *_batch_or_running(batch, mean, var), statistics
+
+
+def _batch_or_running(batch: Moments, mean: Array, var: Array) -> tuple[Array, Array]:
+    """Return the batch statistics, or the running ones for features with n = 0."""
+    n = batch.n
+    if isinstance(n, int) and n > 0:
+        return batch.mean, batch.var
+    return (
+        jnp.where(n > 0, batch.mean, mean.astype(batch.mean.dtype)),
+        jnp.where(n > 0, batch.var, var.astype(batch.var.dtype)),
+    )
+
+
+def normalize_batch(
+    params: AnyParams,
+    mean: Array,
+    var: Array,
+    x_acc: Inexact[Array, "*x"],
+    x: Inexact[Array, "*x"],
+    epsilon: ArrayLike,
+    options: StaticOptions,
+) -> Inexact[Array, "*x"]:
+    """Return y by statistics of x's rank."""
+    return normalize_expanded(
+        *(params, mean, var, x_acc, x, epsilon),
+        axis=options.axis,
+        dtype=options.dtype,
+        closed_form=uses_closed_form(options.autodiff, x),
+    )

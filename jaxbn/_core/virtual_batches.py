@@ -1,0 +1,156 @@
+"""Ghost batch norm: groups of a batch, each normalized by its own statistics.
+
+The groups are one more feature axis of x: their statistics have the shape
+(groups, *features), and the steps are those of batch norm.
+"""
+
+import operator
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+from jax.typing import ArrayLike
+
+from .axes import reduction_axes, split_axis
+from .options import StaticOptions
+from .running import update
+from .sharding import explicit_shards
+from .statistics import BatchStatistics
+from .steps import batch_moments, in_accumulation_dtype, normalize_batch
+from .sync import AxisName, Groups
+from .variables import AnyParams, BatchNormParams, BatchNormState
+from .weights import bessel_correction, divide_by_count
+
+
+def check_virtual_batch_size(size: int | None) -> int | None:
+    """Return `size` as a positive Python int, or None."""
+    if size is None:
+        return None
+    try:
+        examples = operator.index(size)
+    except TypeError:
+        raise TypeError(
+            f"virtual_batch_size must be an int, known while tracing; got {size!r}. "
+            "It is the number of examples that share statistics, for instance 32."
+        ) from None
+    if examples < 1:
+        raise ValueError(
+            f"virtual_batch_size must be at least 1; got {examples}. "
+            "Leave it out to normalize by the whole batch."
+        )
+    return examples
+
+
+@partial(jax.jit, inline=True, static_argnames=("options", "size"))
+def train_by_virtual_batches(
+    params: AnyParams,
+    state: BatchNormState,
+    x: Array,
+    mask: Array | None,
+    batch_weight: ArrayLike | None,
+    epsilon: ArrayLike,
+    options: StaticOptions,
+    size: int,
+) -> tuple[Array, BatchNormState]:
+    """Train a step; `size` examples along the first reduced axis share statistics."""
+    shape, axis_name = x.shape, options.axis_name
+    batch_axis = _batch_axis(options, x)
+    local_size, groups = _place_groups(x.shape[batch_axis], size, options)
+    _check_shards(x, batch_axis, local_size)
+    x = split_axis(x, batch_axis, local_size)
+    mask = None if mask is None else split_axis(mask, batch_axis, local_size)
+    options = options._replace(
+        axis=(batch_axis, *(a + (a > batch_axis) for a in options.axis)),
+        axis_name=None if groups is None else axis_name,
+        axis_index_groups=groups,
+    )
+    per_group = partial(_repeat, times=x.shape[batch_axis])
+    params = BatchNormParams(*map(per_group, params))
+    running = state._replace(mean=per_group(state.mean), var=per_group(state.var))
+
+    x_acc, x = in_accumulation_dtype(x, state, options)
+    mean, var, batch = batch_moments(running, x_acc, x, mask, options)
+    average = _average(batch, options.unbiased, axis_name)
+    state = update(state, average, batch_weight, unbiased=False)
+    y = normalize_batch(params, mean, var, x_acc, x, epsilon, options)
+    return y.reshape(shape), state
+
+
+def _batch_axis(options: StaticOptions, x: Array) -> int:
+    """Return the first reduced axis."""
+    axes = reduction_axes(options.axis, x.ndim)
+    if not axes:
+        raise ValueError(
+            "virtual_batch_size needs an axis of examples to divide; got x of shape "
+            f"{x.shape}, all features with axis={options.axis}. Leave it out."
+        )
+    return axes[0]
+
+
+def _place_groups(
+    share: int, size: int, options: StaticOptions
+) -> tuple[int, Groups | None]:
+    """Return the examples of a group on one device, and the devices that share one.
+
+    `share` is the number of examples on each device of the mapped axis.
+    """
+    if options.axis_index_groups is not None:
+        raise ValueError(
+            "virtual_batch_size and axis_index_groups both choose the examples that "
+            f"share statistics; got {size} and {options.axis_index_groups}. "
+            "Pass one of them."
+        )
+    devices = 1 if options.axis_name is None else lax.axis_size(options.axis_name)
+    if share % size == 0:
+        return size, None
+    length = size // share
+    if size % share == 0 and devices % length == 0:
+        starts = range(0, devices, length)
+        return share, tuple(tuple(range(i, i + length)) for i in starts)
+    fitting = [*_divisors(share), *(share * k for k in _divisors(devices) if k > 1)]
+    raise ValueError(
+        f"virtual_batch_size must divide the {share} examples of x"
+        + (f" on each of {devices} devices, or hold" * (devices > 1))
+        + f"; got {size}. Sizes that fit: {', '.join(map(str, fitting))}."
+    )
+
+
+def _check_shards(x: Array, axis: int, size: int) -> None:
+    """Check that groups lie inside the shards of an explicit mesh, or are one group."""
+    shards, groups = explicit_shards(x, axis), x.shape[axis] // size
+    if groups % shards and groups > 1:
+        raise ValueError(
+            f"virtual_batch_size must divide the {x.shape[axis] // shards} examples of "
+            f"each of {shards} shards of an explicit mesh axis, or be the whole batch; "
+            f"got {size}. With a mesh axis of the type Auto, or with axis_name under "
+            "shard_map, a group may span several shards."
+        )
+
+
+def _divisors(number: int) -> list[int]:
+    return [k for k in range(1, number + 1) if number % k == 0]
+
+
+def _repeat(vector: Array | None, times: int) -> Array | None:
+    """Return a copy of `vector` for each group, along a new first axis."""
+    if vector is None:
+        return None
+    return jnp.broadcast_to(vector, (times, *vector.shape))
+
+
+def _average(
+    batch: BatchStatistics, unbiased: bool, axis_name: AxisName | None
+) -> BatchStatistics:
+    """Return the mean of the statistics of all groups with n > ddof.
+
+    The variances are the unbiased ones if `unbiased`; n is the number of the groups.
+    """
+    counts = batch.n > int(unbiased)
+    var = batch.var * bessel_correction(batch.n) if unbiased else batch.var
+    terms = (batch.mean, var, jnp.ones_like(var))
+    sums = [jnp.sum(jnp.where(counts, v, 0), 0) for v in terms]
+    if axis_name is not None:
+        sums = lax.psum(sums, axis_name)
+    mean, var, n = sums
+    return BatchStatistics(divide_by_count(mean, n), divide_by_count(var, n), n)

@@ -1,0 +1,108 @@
+"""Test that merged states are the statistics of the union."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from helpers import assert_near
+
+import jaxbn
+
+C = 3
+
+
+def states_of(parts):
+    """Return the population statistics of each part, with the biased variance."""
+    return [
+        jaxbn.BatchNormState(
+            *(jnp.asarray(a, jnp.float32) for a in (p.mean(0), p.var(0), i))
+        )
+        for i, p in enumerate(parts)
+    ]
+
+
+def test_weights_of_examples_give_the_statistics_of_the_union(rng):
+    parts = [
+        rng.normal(m, s, size=(n, C))
+        for n, m, s in ((5, 9, 1), (50, -3, 4), (20, 0, 2))
+    ]
+    union = np.concatenate(parts)
+    for scale in (1, 1e-3):
+        merged = jaxbn.merge_states(states_of(parts), [scale * len(p) for p in parts])
+        assert_near(tuple(merged), (union.mean(0), union.var(0), np.asarray(0 + 1 + 2)))
+
+
+def test_equal_weights_are_the_default(rng):
+    parts = [rng.normal(m, s, size=(30, C)) for m, s in ((9, 1), (-3, 4))]
+    union = np.concatenate(parts)
+    merged = jaxbn.merge_states(states_of(parts))
+    assert_near(tuple(merged[:2]), (union.mean(0), union.var(0)))
+
+
+def test_state_of_weight_zero_is_left_out(rng):
+    good, bad = states_of([rng.normal(size=(9, C)), np.full((9, C), np.nan)])
+    merged = jaxbn.merge_states([bad, good], [0, 2])
+    assert_near(tuple(merged[:2]), tuple(good[:2]))
+
+
+def test_equal_states_stay_as_they_are(rng):
+    (state,) = states_of([1e3 + rng.normal(size=(9, C))])
+    merged = jaxbn.merge_states([state] * 7)
+    assert_near(tuple(merged[:2]), tuple(state[:2]), 1e-6)
+
+
+def test_one_state_is_returned(rng):
+    (state,) = states_of([rng.normal(size=(9, C))])
+    assert_near(tuple(jaxbn.merge_states([state], [5])), tuple(state))
+
+
+def test_dtypes_are_those_of_the_first(rng):
+    (state,) = states_of([rng.normal(size=(9, C))])
+    narrow = jaxbn.BatchNormState(
+        state.mean.astype(jnp.bfloat16), state.var.astype(jnp.bfloat16), jnp.int32(2)
+    )
+    merged = jaxbn.merge_states([narrow, state])
+    assert [a.dtype for a in merged] == [jnp.bfloat16, jnp.bfloat16, jnp.int32]
+
+
+def test_complex_means(rng):
+    parts = [
+        rng.normal(size=(30, C)) + 1j * rng.normal(m, 2, size=(30, C)) for m in (1, 5)
+    ]
+    union = np.concatenate(parts)
+    states = [
+        jaxbn.BatchNormState(
+            jnp.asarray(p.mean(0), jnp.complex64),
+            jnp.asarray(p.var(0), jnp.float32),
+            jnp.float32(1),
+        )
+        for p in parts
+    ]
+    assert_near(tuple(jaxbn.merge_states(states)[:2]), (union.mean(0), union.var(0)))
+
+
+def test_weights_may_be_traced(rng):
+    parts = [rng.normal(m, 2, size=(n, C)) for n, m in ((10, 1), (30, 5))]
+    union = np.concatenate(parts)
+    merged = jax.jit(jaxbn.merge_states)(states_of(parts), jnp.asarray([10.0, 30.0]))
+    assert_near(tuple(merged[:2]), (union.mean(0), union.var(0)))
+
+
+@pytest.mark.usefixtures("unchecked_types")
+@pytest.mark.parametrize(
+    ("states", "weights", "error", "message"),
+    [
+        ([], None, ValueError, "at least one BatchNormState; got none"),
+        (jaxbn.init(C)[1], None, ValueError, "got one state alone"),
+        ([jaxbn.init(C)], None, TypeError, "each of states must be a BatchNormState"),
+        ([jaxbn.init(C)[1], jaxbn.init(4)[1]], None, ValueError, "the same features"),
+        ([jaxbn.init(C)[1]] * 2, [1, 2, 3], ValueError, r"each of 2 states; .*\(3,\)"),
+        ([jaxbn.init(C)[1]] * 2, [1, -2], ValueError, r"not negative.*\[1.0, -2.0\]"),
+        ([jaxbn.init(C)[1]] * 2, [0, 0], ValueError, "not all 0"),
+        ([jaxbn.init(C)[1]] * 2, [1, np.inf], ValueError, "must be finite"),
+        ([jaxbn.init(C)[1]] * 2, [1, np.nan], ValueError, "must be finite"),
+    ],
+)
+def test_errors(states, weights, error, message):
+    with pytest.raises(error, match=message):
+        jaxbn.merge_states(states, weights)
