@@ -3,8 +3,9 @@
 The layers keep their variables and metadata as Flax does, and call here.
 """
 
-from collections.abc import Sequence
-from typing import Protocol, runtime_checkable
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, Protocol, runtime_checkable
 
 import jax.numpy as jnp
 import numpy as np
@@ -12,13 +13,15 @@ from jax import Array, lax
 from jax.typing import ArrayLike, DTypeLike
 
 from .._core.axes import Axes, check_axis
-from .._core.batch_norm import batch_norm
 from .._core.dtypes import accumulation_dtype
 from .._core.options import Autodiff
+from .._core.renorm import batch_renorm
 from .._core.sync import Groups, check_groups
 from .._core.variables import AnyParams, BatchNormState
 
 AxisNames = str | Sequence[str]
+Function = Callable[..., tuple[Array, BatchNormState]]  # batch_norm, or a variant
+Limit = ArrayLike | Callable[[Array], ArrayLike]  # a number, or a schedule of the step
 IndexGroups = Sequence[Sequence[int]] | np.ndarray
 
 
@@ -48,6 +51,7 @@ class Layer(Protocol):
 
 
 def call_batch_norm(
+    function: Function,
     layer: Layer,
     params: AnyParams,
     state: BatchNormState,
@@ -60,14 +64,14 @@ def call_batch_norm(
     unbiased: bool,
     autodiff: Autodiff,
 ) -> tuple[Array, BatchNormState]:
-    """Call `batch_norm` with the options of a layer.
+    """Call `function`, batch norm or a variant, with the options of a layer.
 
     Options without an effect are dropped, as in Flax: mask, axis name and groups at
     inference, and groups without an axis name.
     """
     if not train:
         mask = axis_name = None
-    return batch_norm(
+    return function(
         params,
         state,
         x,
@@ -115,6 +119,46 @@ def flax_mask(mask: ArrayLike | None) -> Array | None:
 def make_state(mean: Array, var: Array, count: Array | None = None) -> BatchNormState:
     """Make a state of a layer's variables; most layers have no count of batches."""
     return BatchNormState(mean, var, jnp.float32(0) if count is None else count)
+
+
+def counts_batches(layer: Layer) -> bool:
+    """Decide whether a layer counts its batches: for equal weights or for schedules."""
+    limits = (getattr(layer, name, None) for name in ("r_max", "d_max"))
+    return layer.momentum is None or any(map(callable, limits))
+
+
+def renorm_function(r_max: Limit, d_max: Limit, size: int | None) -> Function:
+    """Return `batch_renorm` with the limits of a layer at its step."""
+    if size is not None:
+        raise ValueError(
+            "BatchRenorm has no virtual_batch_size: its groups would all be corrected "
+            f"towards the same statistics; got {size}. Leave it out, or use BatchNorm."
+        )
+
+    return partial(_batch_renorm, r_max=r_max, d_max=d_max)
+
+
+def _batch_renorm(
+    params: AnyParams,
+    state: BatchNormState,
+    x: Array,
+    train: bool,
+    *,
+    r_max: Limit,
+    d_max: Limit,
+    **options: Any,  # those of `call_batch_norm`
+) -> tuple[Array, BatchNormState]:
+    return batch_renorm(
+        *(params, state, x, train),
+        r_max=limit_of(r_max, state),
+        d_max=limit_of(d_max, state),
+        **options,
+    )
+
+
+def limit_of(limit: Limit, state: BatchNormState) -> ArrayLike:
+    """Return a limit of batch renorm: a number, or a schedule at the layer's step."""
+    return limit(state.count.astype(jnp.int32)) if callable(limit) else limit
 
 
 def mapped_names(axis_name: AxisNames | None) -> tuple[str, ...] | None:

@@ -12,12 +12,15 @@ from flax.linen.dtypes import canonicalize_dtype
 from flax.typing import Initializer
 from jax.typing import ArrayLike
 
+from .._core.batch_norm import batch_norm
 from .._core.variables import AnyParams, BatchNormParams
 from .._flax.layer import (
     AxisNames,
+    Function,
     as_inexact,
     ascending_axes,
     call_batch_norm,
+    counts_batches,
     make_state,
 )
 
@@ -44,6 +47,9 @@ class BatchNorm(nn.BatchNorm):
       and PyTorch; the default, `False`, with σ², as in Flax. Keyword only.
     - `autodiff`: `"jax"` is for forward mode (`jax.jvp`, `jax.jacfwd`), which the
       closed form of the backward, `"custom_vjp"`, refuses. Keyword only.
+    - `virtual_batch_size`: normalizes each group of so many examples by itself, as
+      in `jaxbn.batch_norm`; not during `init`, whose batch may be of any size. Keyword
+      only.
     - `use_fast_variance`: accepted, and without effect: the variance is the stable one.
     - `force_float32_reductions`: `False` stores the statistics in `param_dtype`, as in
       Flax; sums are in float32 or wider either way.
@@ -51,6 +57,8 @@ class BatchNorm(nn.BatchNorm):
     **Arguments** of a call: `x` (integers are converted to float32),
     `use_running_average`, and `mask`, which broadcasts to `x`: bool and integer masks
     leave out zeros, a floating mask holds weights (Flax would read it as a bool).
+    `update_statistics=False` normalizes by the batch, with the exact gradient, and
+    leaves the running statistics unchanged.
 
     **Returns** y, in `dtype`, or in the dtype that `x`, `scale` and `bias` promote to.
 
@@ -81,6 +89,7 @@ class BatchNorm(nn.BatchNorm):
     axis_name: str | Sequence[str] | None = None  # pyright: ignore[reportIncompatibleVariableOverride]
     unbiased: bool = field(default=False, kw_only=True)
     autodiff: Literal["custom_vjp", "jax"] = field(default="custom_vjp", kw_only=True)
+    virtual_batch_size: int | None = field(default=None, kw_only=True)
 
     @nn.compact
     def __call__(
@@ -89,6 +98,7 @@ class BatchNorm(nn.BatchNorm):
         use_running_average: bool | None = None,
         *,
         mask: ArrayLike | None = None,
+        update_statistics: bool = True,
     ) -> jax.Array:
         """Normalize `x`; the arguments are explained at the class."""
         return apply_layer(
@@ -98,7 +108,14 @@ class BatchNorm(nn.BatchNorm):
             mask=mask,
             unbiased=self.unbiased,
             autodiff=self.autodiff,
+            update_statistics=update_statistics,
+            function=self._function(),
         )
+
+    @nn.nowrap
+    def _function(self) -> Function:
+        size = None if self.is_initializing() else self.virtual_batch_size
+        return partial(batch_norm, virtual_batch_size=size)
 
 
 def apply_layer(
@@ -109,6 +126,8 @@ def apply_layer(
     mask: ArrayLike | None = None,
     unbiased: bool = False,
     autodiff: Literal["custom_vjp", "jax"] = "custom_vjp",
+    update_statistics: bool = True,
+    function: Function = batch_norm,
 ) -> jax.Array:
     """Apply a layer of Flax or jaxbn in the mode that it or its call names."""
     inference = nn.merge_param(
@@ -122,6 +141,8 @@ def apply_layer(
         axis_name=None if layer.is_initializing() else layer.axis_name,
         unbiased=unbiased,
         autodiff=autodiff,
+        update_statistics=update_statistics,
+        function=function,
     )
 
 
@@ -134,13 +155,17 @@ def _apply_layer(
     axis_name: AxisNames | None,
     unbiased: bool = False,
     autodiff: Literal["custom_vjp", "jax"] = "custom_vjp",
+    update_statistics: bool = True,
+    function: Function = batch_norm,
 ) -> jax.Array:
     """Apply a layer in this mode, synchronized over this axis."""
     initializing = layer.is_initializing()
     shape = tuple(jnp.shape(x)[a] for a in ascending_axes(layer.axis, jnp.ndim(x)))
-    stats = _statistics(layer, shape, counted=initializing or train)
+    updated = train and update_statistics
+    stats = _statistics(layer, shape, counted=initializing or updated)
     params = _params(layer, shape)
     y, state = call_batch_norm(
+        function,
         layer,
         params,
         make_state(**{name: variable.value for name, variable in stats.items()}),
@@ -152,7 +177,7 @@ def _apply_layer(
         unbiased=unbiased,
         autodiff=autodiff,
     )
-    if train and not initializing:
+    if updated and not initializing:
         for name, variable in stats.items():
             variable.value = getattr(state, name)
     return y
@@ -161,14 +186,15 @@ def _apply_layer(
 def _statistics(
     layer: nn.BatchNorm, shape: tuple[int, ...], counted: bool
 ) -> dict[str, nn.Variable]:
-    """Return the layer's variables, with a `count` only if `momentum` is `None`."""
+    """Return the layer's variables; the `count` exists, or is created if `counted`."""
     dtype = jnp.float32 if layer.force_float32_reductions else layer.param_dtype
     variable = partial(layer.variable, "batch_stats")
     stats = {
         "mean": variable("mean", jnp.zeros, shape, dtype),
         "var": variable("var", jnp.ones, shape, dtype),
     }
-    if counted and layer.momentum is None:
+    counted = counted or layer.has_variable("batch_stats", "count")
+    if counted and counts_batches(layer):
         stats["count"] = variable("count", jnp.zeros, (), jnp.float32)
     return stats
 

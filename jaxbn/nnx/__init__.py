@@ -5,6 +5,7 @@ from .._flax import require_flax
 require_flax(__name__)
 
 from ._batch_norm import BatchNorm as BatchNorm
+from ._batch_renorm import BatchRenorm as BatchRenorm
 from ._folding import fold as fold
 from ._mask import batch_norm_mask as batch_norm_mask
 from ._population import population as population

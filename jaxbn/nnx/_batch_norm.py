@@ -1,6 +1,7 @@
 """The layer for Flax nnx."""
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from types import MappingProxyType
 from typing import Literal
 
@@ -12,11 +13,15 @@ from flax.typing import Initializer
 from jax.typing import ArrayLike, DTypeLike
 from jaxtyping import PyTree
 
+from .._core.batch_norm import batch_norm
 from .._core.variables import BatchNormParams
 from .._flax.layer import (
     AxisNames,
+    Function,
+    Layer,
     as_inexact,
     call_batch_norm,
+    counts_batches,
     make_state,
 )
 from ._graph import statistics
@@ -42,6 +47,8 @@ class BatchNorm(nnx.BatchNorm):
       and PyTorch; the default, `False`, with σ², as in Flax.
     - `autodiff`: `"jax"` is for forward mode (`jax.jvp`, `jax.jacfwd`), which the
       closed form of the backward, `"custom_vjp"`, refuses.
+    - `virtual_batch_size`: normalizes each group of so many examples by itself, as
+      in `jaxbn.batch_norm`.
     - `use_fast_variance`: accepted, and without effect: the variance is the stable one.
     - `promote_dtype`: decides the dtypes of `x`, `scale` and `bias`, as in Flax; its
       results for the statistics are dropped, so that they are never rounded.
@@ -49,6 +56,8 @@ class BatchNorm(nnx.BatchNorm):
     **Arguments** of a call: `x` (integers are converted to float32),
     `use_running_average`, and `mask`, which broadcasts to `x`: bool and integer masks
     leave out zeros, a floating mask holds weights (Flax would read it as a bool).
+    `update_statistics=False` normalizes by the batch, with the exact gradient, and
+    leaves the running statistics unchanged.
 
     **Returns** y, in `dtype`, or in the dtype that `x`, `scale` and `bias` promote to.
 
@@ -76,6 +85,7 @@ class BatchNorm(nnx.BatchNorm):
     # class of a layer is enough in both directions.
     unbiased: bool = False
     autodiff: Literal["custom_vjp", "jax"] = "custom_vjp"
+    virtual_batch_size: int | None = None
 
     def __init__(
         self,
@@ -97,6 +107,7 @@ class BatchNorm(nnx.BatchNorm):
         promote_dtype: Callable[..., PyTree] = dtypes.promote_dtype,
         unbiased: bool = False,
         autodiff: Literal["custom_vjp", "jax"] = "custom_vjp",
+        virtual_batch_size: int | None = None,
         rngs: nnx.Rngs,
         bias_metadata: Mapping[str, object] = MappingProxyType({}),
         scale_metadata: Mapping[str, object] = MappingProxyType({}),
@@ -125,6 +136,8 @@ class BatchNorm(nnx.BatchNorm):
             self.unbiased = True
         if autodiff != BatchNorm.autodiff:
             self.autodiff = autodiff
+        if virtual_batch_size is not None:
+            self.virtual_batch_size = virtual_batch_size
         if momentum is None:
             self.count = nnx.BatchStat(jnp.zeros((), jnp.float32))
 
@@ -134,13 +147,22 @@ class BatchNorm(nnx.BatchNorm):
         use_running_average: bool | None = None,
         *,
         mask: ArrayLike | None = None,
+        update_statistics: bool = True,
     ) -> jax.Array:
         """Normalize `x`; the arguments are explained at the class."""
         if use_running_average is None:
             use_running_average = check_running_average(self.use_running_average)
         return self._apply_layer(
-            x, train=not use_running_average, mask=mask, axis_name=self.axis_name
+            x,
+            train=not use_running_average,
+            mask=mask,
+            axis_name=self.axis_name,
+            update_statistics=update_statistics,
+            function=self._function(),
         )
+
+    def _function(self) -> Function:
+        return partial(batch_norm, virtual_batch_size=self.virtual_batch_size)
 
     def _apply_layer(
         self,
@@ -149,16 +171,19 @@ class BatchNorm(nnx.BatchNorm):
         train: bool,
         mask: ArrayLike | None,
         axis_name: AxisNames | None,
+        update_statistics: bool = True,
+        function: Function = batch_norm,
     ) -> jax.Array:
         """Apply the layer in this mode, synchronized over this axis."""
         stats = statistics(self)
-        check_counted(self.momentum, "count" in stats)
+        check_counted(self, "count" in stats)
         state = make_state(**{name: variable[...] for name, variable in stats.items()})
         params = [None if p is None else p[...] for p in (self.scale, self.bias)]
         x, _, _, *params = self.promote_dtype(
             (x, state.mean, state.var, *params), dtype=self.dtype
         )
         y, new_state = call_batch_norm(
+            function,
             self,
             BatchNormParams(*params),
             state,
@@ -170,7 +195,7 @@ class BatchNorm(nnx.BatchNorm):
             unbiased=self.unbiased,
             autodiff=self.autodiff,
         )
-        if train:
+        if train and update_statistics:
             for name, variable in stats.items():
                 # Flax lets no gradient into a Variable either.
                 variable.set_value(jax.lax.stop_gradient(getattr(new_state, name)))
@@ -187,10 +212,11 @@ def check_running_average(use_running_average: bool | None) -> bool:
     return use_running_average
 
 
-def check_counted(momentum: ArrayLike | None, counted: bool) -> None:
-    """Check that a layer that averages with equal weights counts its batches."""
-    if momentum is None and not counted:
+def check_counted(layer: Layer, counted: bool) -> None:
+    """Check that a layer that needs a count of its batches has one."""
+    if counts_batches(layer) and not counted:
+        reason = "momentum=None" if layer.momentum is None else "a schedule"
         raise ValueError(
-            "momentum=None needs the layer's count of batches; got a layer without "
-            "one. Build it with momentum=None, rather than change it afterwards."
+            f"{reason} needs the layer's count of batches; got a layer without one. "
+            f"Build it with {reason}, rather than change it afterwards."
         )

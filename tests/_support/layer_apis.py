@@ -15,7 +15,11 @@ class LinenLayer:
     """Hold a linen layer and its variables."""
 
     def __init__(self, library: str, shape=(8, 3), **options):
-        norms = {"jaxbn": jaxbn.linen.BatchNorm, "flax": nn.BatchNorm}
+        norms = {
+            "jaxbn": jaxbn.linen.BatchNorm,
+            "renorm": jaxbn.linen.BatchRenorm,
+            "flax": nn.BatchNorm,
+        }
         self.layer = norms[library](**options)
         self.variables: Any = self.layer.init(jax.random.key(0), jnp.zeros(shape), True)
 
@@ -26,16 +30,16 @@ class LinenLayer:
     def randomize(self, rng) -> None:
         self.variables = randomize(rng, self.variables)
 
-    def apply(self, variables, x, train=True, mask=None) -> Any:
+    def apply(self, variables, x, train=True, **options) -> Any:
         """Return y and the new statistics, as a pure function."""
         y, updates = self.layer.apply(
-            variables, x, not train, mask=mask, mutable=["batch_stats"]
+            variables, x, not train, **options, mutable=["batch_stats"]
         )
         return y, updates["batch_stats"]
 
-    def __call__(self, x, train=True, mask=None) -> jax.Array:
+    def __call__(self, x, train=True, **options) -> jax.Array:
         """Return y, and keep the new statistics."""
-        y, stats = self.apply(self.variables, x, train, mask)
+        y, stats = self.apply(self.variables, x, train, **options)
         self.variables |= {"batch_stats": stats}
         return y
 
@@ -44,7 +48,11 @@ class NnxLayer:
     """Hold an nnx layer, split into its graph and its variables."""
 
     def __init__(self, library: str, shape=(8, 3), **options):
-        norms = {"jaxbn": jaxbn.nnx.BatchNorm, "flax": nnx.BatchNorm}
+        norms = {
+            "jaxbn": jaxbn.nnx.BatchNorm,
+            "renorm": jaxbn.nnx.BatchRenorm,
+            "flax": nnx.BatchNorm,
+        }
         features = shape[options.get("axis", -1)]
         layer = norms[library](features, rngs=nnx.Rngs(0), **options)
         self.graphdef, self.variables = nnx.split(layer)
@@ -57,16 +65,16 @@ class NnxLayer:
     def randomize(self, rng) -> None:
         self.variables = randomize(rng, self.variables)
 
-    def apply(self, variables, x, train=True, mask=None) -> Any:
+    def apply(self, variables, x, train=True, **options) -> Any:
         """Return y and the new statistics, as a pure function."""
         layer = nnx.merge(self.graphdef, variables)
-        y = layer(x, use_running_average=not train, mask=mask)
+        y = layer(x, use_running_average=not train, **options)
         return y, nnx.to_pure_dict(nnx.state(layer, nnx.BatchStat))
 
-    def __call__(self, x, train=True, mask=None) -> jax.Array:
+    def __call__(self, x, train=True, **options) -> jax.Array:
         """Return y, and keep the new statistics."""
         layer = nnx.merge(self.graphdef, self.variables)
-        y = layer(x, use_running_average=not train, mask=mask)
+        y = layer(x, use_running_average=not train, **options)
         self.variables = nnx.state(layer)
         return y
 
