@@ -1,22 +1,110 @@
 """Population statistics of the layers of a model."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
 from jax.typing import ArrayLike
+from jaxtyping import PyTree
 
 from .._core.dtypes import accumulation_dtype
 from .._core.weights import check_mask
 from .._inference.accumulator import Accumulator
 from .._inference.population import Variance, check_same_features, finalize
 from .folding import check_has_batch_norm
-from .layer import Layer, ascending_axes, flax_mask, index_groups
+from .layer import (
+    AxisNames,
+    Layer,
+    ascending_axes,
+    flax_mask,
+    index_groups,
+    mapped_names,
+)
 
 # The name of a layer's accumulator, beside its `mean` and `var`.
 ACCUMULATOR = "accumulator"
+
+Variables = TypeVar("Variables")
+
+
+def select_layers(
+    paths: Collection[str], layers: Callable[[str], object] | None
+) -> tuple[str, ...]:
+    """Return the paths of the layers to measure: all of them without a predicate."""
+    if layers is None:
+        return tuple(paths)
+    if not callable(layers):
+        raise TypeError(
+            f"layers must be a function of a layer's path; got {layers!r}. Write "
+            f"layers=lambda path: path in (...). {_list_paths(paths)}"
+        )
+    selected = tuple(path for path in paths if layers(path))
+    if not selected:
+        raise ValueError(
+            "layers must select at least one batch norm layer; got a function that "
+            f"selects none. {_list_paths(paths)}"
+        )
+    return selected
+
+
+def _list_paths(paths: Collection[str]) -> str:
+    return f"There are: {', '.join(map(repr, paths))}."
+
+
+@contextmanager
+def add_call_note(as_it_is: bool) -> Iterator[None]:
+    """Add a note about `call=` to errors of a model that is called on the batch."""
+    try:
+        yield
+    except Exception as error:
+        if as_it_is:
+            error.add_note(
+                "population called the model as model(batch), without rngs. If it "
+                "takes other arguments, or a part of the batch, pass for instance "
+                "call=lambda model, batch: model(batch['image'], train=False)."
+            )
+        raise
+
+
+def measure_stacks(
+    measure: Callable[[Variables], dict[str, Accumulator]], variables: Variables
+) -> dict[str, Accumulator]:
+    """Measure the model, or each model of a stack that `jax.vmap` initialized.
+
+    The shapes alone do not tell a stack of models from a model of stacked layers, so
+    that the stack is tried where the call of one model fails.
+    """
+    try:
+        return measure(variables)
+    except Exception:
+        if not _is_stack(variables):
+            raise
+        try:
+            return jax.vmap(measure)(variables)
+        except Exception:  # the first error is about the model as it is
+            pass
+        raise
+
+
+def _is_stack(variables: PyTree) -> bool:
+    """Return whether all arrays have a first axis of one size."""
+    sizes = {np.shape(leaf)[:1] for leaf in jax.tree.leaves(variables)}
+    return len(sizes) == 1 and () not in sizes
+
+
+@contextmanager
+def only_mapped_axes(layer: object, axis_name: AxisNames | None) -> Iterator[None]:
+    """Drop the axis names of the training step from a layer, during one call of it."""
+    # Flax's own `__setattr__` refuses this while a linen layer is bound.
+    object.__setattr__(layer, "axis_name", mapped_names(axis_name))
+    try:
+        yield
+    finally:
+        object.__setattr__(layer, "axis_name", axis_name)
 
 
 def accumulate_call(

@@ -16,7 +16,15 @@ from .._core.variables import BatchNormState
 from .._flax.folding import check_has_batch_norm
 from .._flax.layer import as_inexact, mapped_names
 from .._flax.paths import Path, join
-from .._flax.population import ACCUMULATOR, accumulate_call, new_statistics
+from .._flax.population import (
+    ACCUMULATOR,
+    accumulate_call,
+    add_call_note,
+    measure_stacks,
+    new_statistics,
+    only_mapped_axes,
+    select_layers,
+)
 from .._inference.accumulator import Accumulator
 from .._inference.population import Variance, accumulate, check_variance
 from ._batch_norm import BatchNorm, _apply_layer
@@ -34,25 +42,31 @@ def population(
     max_batches: int | None = None,
     call: Callable[..., object] | None = None,
     progress: Callable[[Iterable[PyTree]], Iterable[PyTree]] | None = None,
+    layers: Callable[[str], object] | None = None,
 ) -> Mapping[str, PyTree]:
     """Recompute the statistics of every batch norm layer, with the parameters fixed.
 
     For inference after training, with averaged weights (EMA, SWA), or on new data. In
     the pass each batch is normalized by its own statistics, in every layer, whatever
-    `use_running_average` the model passes; the formulas are at `jaxbn.population`.
+    `use_running_average` the model passes, unless `layers` leaves the layer out; the
+    formulas are at `jaxbn.population`.
 
     **Arguments**
 
     - `model`, `variables`: as for `model.apply`. Layers are Flax's, jaxbn's, and
       layers of classes that inherit from either, nnx's in a `flax.nnx.bridge.ToLinen`
-      included.
-    - `batches`: an iterable of batches, each an array or a pytree of arrays. Sharded
-      batches give the statistics of the whole batch.
+      included. Variables stacked over seeds by `jax.vmap(model.init)` give the
+      statistics of each seed.
+    - `batches`: an iterable of batches, each an array or a pytree of arrays; `[images]`
+      for one batch. Sharded batches give the statistics of the whole batch.
     - `variance`, `max_batches`, `progress`: as in `jaxbn.population`.
     - `call`: a function of the bound model and a batch, for models with more arguments
       than the batch: `lambda model, batch: model(batch["image"], train=False)`. Its
       return value is dropped. Compiled once for each shape of batch, and not again in
       later calls with the same `model` and `call`.
+    - `layers`: a function of a layer's path, such as `"Block_0/BatchNorm_1"`: whether
+      to recompute the layer. The others keep their statistics and are called as the
+      model calls them; a frozen layer still normalizes by its running statistics.
 
     **Returns** `variables` with new `mean` and `var` (and `count`, the number of
     batches, where a layer has one) in `batch_stats`; all else is unchanged, containers
@@ -62,7 +76,7 @@ def population(
     `axis_name` is used if the model itself maps it (`nn.vmap`), and ignored if the
     training step did.
 
-    **Raises** `ValueError` if no batch norm layer is reached, and as
+    **Raises** `ValueError` if no batch norm layer is reached or selected, and as
     `jaxbn.population` does; `variables` are never changed.
 
     >>> import flax.linen as nn, jax, jax.numpy as jnp, jaxbn.linen
@@ -80,8 +94,9 @@ def population(
     )
     flat: dict[Path, PyTree] = flatten_dict(unfreeze(stats), keep_empty_nodes=True)
     old = {name: _statistics(flat, path) for name, path in paths.items()}
+    selected = tuple(paths[name] for name in select_layers(paths, layers))
     # Bound methods are hashed by the identity of their object: any model will do.
-    measure = partial(_measure, model.apply, call, variables)
+    measure = partial(_measure, model.apply, call, selected, variables)
     totals = accumulate(measure, batches, max_batches, progress)
     for name, new in new_statistics(totals, old, variance).items():
         flat |= {(*paths[name], key): value for key, value in new.items()}
@@ -102,28 +117,36 @@ def _frozen_like(old: Variables, new: dict[str, PyTree]) -> Variables:
     return freeze(new) if isinstance(old, FrozenDict) else new
 
 
-@partial(jax.jit, static_argnums=(0, 1))
+@partial(jax.jit, static_argnums=(0, 1, 2))
 def _measure(
     apply: Callable[..., PyTree],
     call: Callable[..., object] | None,
+    selected: tuple[Path, ...],
     variables: Variables,
     batch: PyTree,
 ) -> dict[str, Accumulator]:
-    """Accumulate one batch in every layer.
+    """Accumulate one batch in every selected layer."""
+
+    def measure(variables: Variables) -> dict[str, Accumulator]:
+        start = _add_accumulators(variables, selected)
+        with accumulating(), add_call_note(call is None):
+            _, updates = apply(start, batch, method=call, mutable=["batch_stats"])
+        flat: dict[Path, PyTree] = flatten_dict(unfreeze(updates["batch_stats"]))
+        return {join(path): flat[*path, ACCUMULATOR] for path in selected}
+
+    return measure_stacks(measure, variables)
+
+
+def _add_accumulators(variables: Variables, paths: Iterable[Path]) -> Variables:
+    """Add an empty accumulator to each of these layers.
 
     The accumulators are in `batch_stats`, beside mean and var and in the same shape,
     since lifted transformations (scan, vmap, remat) carry, split and stack the three.
     """
-    stats = variables["batch_stats"]
-    flat: dict[Path, PyTree] = flatten_dict(unfreeze(stats))
-    for path in batch_norm_paths(stats):
+    flat: dict[Path, PyTree] = flatten_dict(unfreeze(variables["batch_stats"]))
+    for path in paths:
         flat[*path, ACCUMULATOR] = Accumulator.empty(flat[*path, "mean"])
-    start = {**variables, "batch_stats": unflatten_dict(flat)}
-    with accumulating():
-        _, updates = apply(start, batch, method=call, mutable=["batch_stats"])
-    flat = flatten_dict(unfreeze(updates["batch_stats"]))
-    paths = paths_with(updates["batch_stats"], ACCUMULATOR)
-    return {join(path): flat[*path, ACCUMULATOR] for path in paths}
+    return {**variables, "batch_stats": unflatten_dict(flat)}
 
 
 # Part of the key of every jit cache: functions compiled outside are not reused inside.
@@ -138,10 +161,11 @@ def accumulating() -> Iterator[None]:
         yield
 
 
-def _measure_module(_: nn.Module, module: object) -> None:
+def _measure_module(bridge: nn.Module, module: object) -> None:
     from ..nnx._population import make_measured  # a circular import
 
-    make_measured(module)
+    paths = paths_with(bridge.variables["batch_stats"], ACCUMULATOR)
+    make_measured(module, [join(path) for path in paths])
 
 
 def _accumulate_and_apply(
@@ -151,9 +175,13 @@ def _accumulate_and_apply(
     use_running_average: bool | None = None,
     *,
     mask: ArrayLike | None = None,
+    update_statistics: bool = True,
 ) -> Array:
-    """Accumulate the input, and normalize it by its own statistics."""
-    del next_call, use_running_average
+    """Accumulate the input of a selected layer, and normalize it by its statistics."""
+    del update_statistics  # no statistics of this pass are kept
+    if not layer.has_variable("batch_stats", ACCUMULATOR):
+        with only_mapped_axes(layer, layer.axis_name):
+            return next_call(x, use_running_average, mask=mask)
     axis_name = mapped_names(layer.axis_name)
     old = layer.get_variable("batch_stats", ACCUMULATOR)
     new = accumulate_call(old, layer, as_inexact(x), mask, axis_name)

@@ -1,6 +1,7 @@
 """The modules in a tree of linen variables, by their paths."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import cast
 
 from flax.traverse_util import flatten_dict
 from jaxtyping import PyTree
@@ -20,6 +21,14 @@ def paths_with(collection: Variables, name: str) -> list[Path]:
     """Return the path of each module that has a variable of this name."""
     flat = flatten_dict(dict(collection))
     return [path[:-1] for path in flat if path[-1] == name]
+
+
+def rebuild_like(tree: PyTree, original: PyTree) -> PyTree:
+    """Return nested dicts in the kinds of mappings that `original` has."""
+    if not isinstance(tree, Mapping) or not isinstance(original, Mapping):
+        return tree
+    kind = cast(Callable[[dict[str, PyTree]], Variables], type(original))
+    return kind({k: rebuild_like(v, original.get(k)) for k, v in tree.items()})
 
 
 def find_path(path: str | Path, existing: list[Path]) -> Path:

@@ -42,9 +42,15 @@ class ReplacedToNNX(nnx.bridge.ToNNX):
 
     # Flax passes attributes with this prefix to no linen model.
     to_nnx__autodiff: Autodiff
+    to_nnx__unbiased: bool
+    to_nnx__also: tuple[type, ...]
 
     def __call__(self, *args: PyTree, **kwargs: PyTree) -> PyTree:
-        with replace_batch_norm(autodiff=self.to_nnx__autodiff):
+        with replace_batch_norm(
+            autodiff=self.to_nnx__autodiff,
+            unbiased=self.to_nnx__unbiased,
+            also=self.to_nnx__also,
+        ):
             return super().__call__(*args, **kwargs)
 
 

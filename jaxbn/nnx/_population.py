@@ -1,6 +1,6 @@
 """Population statistics of every batch norm layer in an nnx model, in one pass."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from functools import partial
 from typing import TypeVar, cast
 
@@ -13,7 +13,15 @@ from jaxtyping import PyTree
 from .._flax.folding import check_has_batch_norm
 from .._flax.layer import as_inexact, mapped_names
 from .._flax.paths import Path, join
-from .._flax.population import ACCUMULATOR, accumulate_call, new_statistics
+from .._flax.population import (
+    ACCUMULATOR,
+    accumulate_call,
+    add_call_note,
+    measure_stacks,
+    new_statistics,
+    only_mapped_axes,
+    select_layers,
+)
 from .._inference.accumulator import Accumulator
 from .._inference.population import Variance, accumulate, check_variance
 from ._batch_norm import BatchNorm
@@ -35,26 +43,32 @@ def population(
     max_batches: int | None = None,
     call: Callable[[Model, PyTree], object] = _call_model,
     progress: Callable[[Iterable[PyTree]], Iterable[PyTree]] | None = None,
+    layers: Callable[[str], object] | None = None,
 ) -> None:
     """Recompute the statistics of every batch norm layer, with the parameters fixed.
 
     For inference after training, with averaged weights (EMA, SWA), or on new data. In
     the pass each batch is normalized by its own statistics, in every layer, whatever
-    `use_running_average` says; the formulas are at `jaxbn.population`. Otherwise the
-    model runs as it is: after `model.eval()`, without dropout.
+    `use_running_average` says, unless `layers` leaves the layer out; the formulas are
+    at `jaxbn.population`. Otherwise the model runs as it is: after `model.eval()`,
+    without dropout.
 
     **Arguments**
 
     - `model`: a module, or lists, dicts and other pytrees of modules. Layers are
       Flax's, jaxbn's, and layers of classes that inherit from either, linen's in a
-      `flax.nnx.bridge.ToNNX` included.
-    - `batches`: an iterable of batches, each an array or a pytree of arrays. Sharded
-      batches give the statistics of the whole batch.
+      `flax.nnx.bridge.ToNNX` included. A model stacked over seeds by `nnx.vmap` gets
+      the statistics of each seed.
+    - `batches`: an iterable of batches, each an array or a pytree of arrays; `[images]`
+      for one batch. Sharded batches give the statistics of the whole batch.
     - `variance`, `max_batches`, `progress`: as in `jaxbn.population`.
     - `call`: a function of model and batch, `model(batch)` unless given: `lambda model,
       batch: model(batch["image"])`. Its return value is dropped, and so are its changes
       to the model. Compiled once for each shape of batch, and not again in later calls
       with the same `call` and a model of the same structure.
+    - `layers`: a function of a layer's path, such as `"blocks/0/bn"`: whether to
+      recompute the layer. The others keep their statistics and are called as the
+      model calls them; a frozen layer still normalizes by its running statistics.
 
     **Returns** nothing: `mean` and `var` of the layers in `model` (and `count`, the
     number of batches, where a layer has one) have new values; nothing else changes, and
@@ -64,7 +78,7 @@ def population(
     element in any batch. An `axis_name` is used if the model itself maps it
     (`nnx.vmap`), and ignored if the training step did.
 
-    **Raises** `ValueError` if no batch norm layer is reached, and as
+    **Raises** `ValueError` if no batch norm layer is reached or selected, and as
     `jaxbn.population` does.
 
     >>> import jax.numpy as jnp, jaxbn.nnx
@@ -79,7 +93,8 @@ def population(
     stats = {join(path): layer for path, layer in all_statistics(model).items()}
     check_has_batch_norm(stats, "population needs a model with a batch norm layer; got")
     graphdef, state = nnx.split(model, graph=True)
-    measure = partial(_measure, graphdef, call, state)
+    selected = select_layers(stats, layers)
+    measure = partial(_measure, call, selected, graphdef, state)
     totals = accumulate(measure, batches, max_batches, progress)
     old = {
         name: {key: variable.get_value() for key, variable in variables.items()}
@@ -90,28 +105,39 @@ def population(
             stats[name][key].set_value(value)
 
 
+# The graph is an argument, and not a static one, which would have to be hashable: a
+# model may hold lists and dicts. It is a pytree without arrays, and compared by value.
 @partial(jax.jit, static_argnums=(0, 1))
 def _measure(
-    graphdef: nnx.GraphDef[Model],
     call: Callable[[Model, PyTree], object],
+    selected: tuple[str, ...],
+    graphdef: nnx.GraphDef[Model],
     state: PyTree,
     batch: PyTree,
 ) -> dict[str, Accumulator]:
-    """Accumulate one batch in every layer of a copy of the model."""
-    model = nnx.merge(graphdef, state)
-    paths = make_measured(model)
-    call(model, batch)
-    accumulators = {path: cast(nnx.BatchStat, get(model, path)) for path in paths}
-    return {join(path[:-1]): a.get_value() for path, a in accumulators.items()}
+    """Accumulate one batch in every selected layer of a copy of the model."""
+
+    def measure(state: PyTree) -> dict[str, Accumulator]:
+        model = nnx.merge(graphdef, state)
+        paths = make_measured(model, selected)
+        with add_call_note(call is _call_model):
+            call(model, batch)
+        accumulators = {path: cast(nnx.BatchStat, get(model, path)) for path in paths}
+        return {join(path[:-1]): a.get_value() for path, a in accumulators.items()}
+
+    return measure_stacks(measure, state)
 
 
-def make_measured(model: PyTree) -> list[Path]:
-    """Make all layers accumulate their input; return the accumulators' paths."""
+def make_measured(model: PyTree, selected: Collection[str]) -> list[Path]:
+    """Make the selected layers accumulate their input; return the accumulators' paths.
+
+    The other layers ignore axis names of the training step as well.
+    """
     for layer in batch_norms(model).values():
         replace_class(layer, subclass(type(layer), _MeasuredBatchNorm))
     for bridge in bridges(model).values():
         replace_class(bridge, subclass(type(bridge), MeasuredToNNX))
-    layers = all_statistics(model)
+    layers = {p: s for p, s in all_statistics(model).items() if join(p) in selected}
     for path, stats in layers.items():
         empty = Accumulator.empty(stats["mean"].get_value())
         put(model, (*path, ACCUMULATOR), nnx.BatchStat(empty))
@@ -119,9 +145,9 @@ def make_measured(model: PyTree) -> list[Path]:
 
 
 class _MeasuredBatchNorm(BatchNorm):
-    """Accumulate the input, and normalize it by its own statistics."""
+    """Accumulate the input of a selected layer, and normalize it by its statistics."""
 
-    accumulator: nnx.BatchStat
+    accumulator: nnx.BatchStat  # of a selected layer
 
     def __call__(
         self,
@@ -129,8 +155,12 @@ class _MeasuredBatchNorm(BatchNorm):
         use_running_average: bool | None = None,
         *,
         mask: ArrayLike | None = None,
+        update_statistics: bool = True,
     ) -> Array:
-        del use_running_average
+        del update_statistics  # no statistics of this pass are kept
+        if not hasattr(self, ACCUMULATOR):
+            with only_mapped_axes(self, self.axis_name):
+                return super().__call__(x, use_running_average, mask=mask)
         axis_name = mapped_names(self.axis_name)
         (promoted,) = self.promote_dtype((x,), dtype=self.dtype)
         old = self.accumulator.get_value()

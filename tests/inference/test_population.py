@@ -92,7 +92,7 @@ def test_population_weights_batches_by_their_size(rng, variance):
 
 def test_equal_batches_match_the_formula_of_the_paper(rng):
     x = rng.normal(size=(6, 4, C))
-    state = jaxbn.population(x.astype(np.float32))
+    state = jaxbn.population(list(x.astype(np.float32)))
     assert_near(state[:2], (x.mean((0, 1)), 4 / 3 * x.var(1).mean(0)), 1e-6)
 
 

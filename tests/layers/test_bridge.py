@@ -199,7 +199,7 @@ def test_fold_refuses_linen_layers(pairs, x):
     variables = linen_variables()
     model = Outer(bridge_of(variables))
     with pytest.raises(TypeError, match=r"ToNNX at the path 'parts/0'.*skip_folded"):
-        jaxbn.nnx.fold(model, pairs)
+        jaxbn.nnx.fold(model, x, pairs=pairs)
     # The error's advice.
     bridge = model.parts[0]
     expected = LinenModel().apply(variables, x, train=False)
@@ -207,18 +207,30 @@ def test_fold_refuses_linen_layers(pairs, x):
         "params": nnx.to_pure_dict(nnx.state(bridge, nnx.Param)),
         "batch_stats": nnx.to_pure_dict(nnx.state(bridge, nnx.BatchStat)),
     }
-    folded = jaxbn.linen.fold(variables, {"Dense_0": "BatchNorm_0"})
+    folded = jaxbn.linen.fold(LinenModel(), variables, x, train=False)
     with jaxbn.linen.skip_folded():
         y = LinenModel().apply(folded, x, train=False)
     assert_same(y, expected, 5e-3)  # the sine of thousands
 
 
-def test_fold_takes_nnx_layers_beside_a_linen_model():
-    rngs = nnx.Rngs(0)
-    pair = nnx.Sequential(nnx.Linear(C, C, rngs=rngs), nnx.BatchNorm(C, rngs=rngs))
-    folded = jaxbn.nnx.fold(nnx.List([bridge_of(linen_variables()), pair]))
-    assert type(folded[0]) is ToNNX
-    assert type(folded[1].layers[1]).__name__ == "FoldedBatchNorm"
+class Beside(nnx.Module):
+    """An nnx model with a linen model in it, and a linear layer and a batch norm."""
+
+    def __init__(self, bridge: nnx.bridge.ToNNX):
+        self.bridge = bridge
+        self.inner = NNXModel(nnx.Rngs(0))
+
+    def __call__(self, x):
+        return self.inner(self.bridge(x, train=False), train=False)
+
+
+def test_fold_takes_nnx_layers_beside_a_linen_model(x):
+    model = Beside(bridge_of(linen_variables()))
+    with pytest.warns(UserWarning, match="bridge: its layers are linen's"):
+        folded = jaxbn.nnx.fold(model, x)
+    assert type(folded.bridge) is ToNNX
+    assert type(folded.inner.norm).__name__ == "FoldedBatchNorm"
+    np.testing.assert_allclose(folded(x), model(x), atol=1e-5)
 
 
 # nnx in linen.
@@ -335,7 +347,9 @@ def test_skip_folded_refuses_nnx_layers(x):
     model = Inference(NNXModel)
     variables = linen_variables(model)
     expected = model.apply(variables, x)
-    folded = jaxbn.linen.fold(variables, {"inner/dense": "inner/norm"})
+    folded = jaxbn.linen.fold(model, variables, x, pairs={"inner/dense": "inner/norm"})
+    with pytest.warns(UserWarning, match="inner/norm: it is of an nnx module"):
+        assert_same(jaxbn.linen.fold(model, variables, x), variables, 0)
     with jaxbn.linen.skip_folded():
         np.testing.assert_array_equal(model.apply(variables, x), expected)
         model.init(jax.random.key(0), x)
@@ -343,7 +357,9 @@ def test_skip_folded_refuses_nnx_layers(x):
             model.apply(folded, x)
     # The error's advice.
     pairs = {"dense": "norm"}
-    model = Inference(lambda rngs: jaxbn.nnx.fold(NNXModel(rngs), pairs))
+    model = Inference(
+        lambda rngs: jaxbn.nnx.fold(NNXModel(rngs), x, pairs=pairs, train=False)
+    )
     y = model.apply(folded, x)
     assert_same(y, expected, 5e-3)  # the sine of thousands
 

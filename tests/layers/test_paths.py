@@ -12,6 +12,7 @@ import jaxbn
 from jaxbn._flax.paths import join, split
 
 SEPARATORS = ("/", ".")
+X = jnp.ones((2, 2))
 
 
 def test_join_inverts_split():
@@ -37,20 +38,20 @@ class Net(nn.Module):
 
 @pytest.fixture
 def variables() -> Any:
-    return Net().init(jax.random.key(0), jnp.ones((2, 2)))
+    return Net().init(jax.random.key(0), X)
 
 
 @pytest.mark.parametrize("separator", SEPARATORS)
 def test_linen_fold_accepts_both_separators(separator, variables):
     pairs = {f"block{separator}dense": f"block{separator}norm"}
-    folded = jaxbn.linen.fold(variables, pairs)
+    folded = jaxbn.linen.fold(Net(), variables, X, pairs=pairs)
     assert folded["params"]["block"].keys() == {"dense"}
 
 
 @pytest.mark.parametrize("separator", SEPARATORS)
 def test_linen_fold_finds_names_that_hold_a_dot(separator, variables):
     pairs = {f"dense{separator}1": f"norm{separator}1"}
-    folded = jaxbn.linen.fold(variables, pairs)
+    folded = jaxbn.linen.fold(Net(), variables, X, pairs=pairs)
     assert folded["params"].keys() == {"block", "dense.1"}
 
 
@@ -65,7 +66,8 @@ def test_nnx_fold_accepts_both_separators(separator):
     rngs = nnx.Rngs(0)
     model = nnx.Sequential(nnx.Linear(3, 3, rngs=rngs), nnx.BatchNorm(3, rngs=rngs))
     pairs = {f"layers{separator}0": f"layers{separator}1"}
-    folded = jaxbn.nnx.fold(model, pairs)
+    model.eval()
+    folded = jaxbn.nnx.fold(model, jnp.ones((2, 3)), pairs=pairs)
     assert not isinstance(folded.layers[1], nnx.BatchNorm)
 
 
@@ -73,5 +75,5 @@ def test_nnx_fold_writes_paths_with_slashes():
     rngs = nnx.Rngs(0)
     model = nnx.Sequential(nnx.Linear(3, 3, rngs=rngs), nnx.LayerNorm(3, rngs=rngs))
     with pytest.raises(TypeError, match="only BatchNorm") as caught:
-        jaxbn.nnx.fold(model, {"layers.0": "layers.1"})
+        jaxbn.nnx.fold(model, jnp.ones((2, 3)), pairs={"layers.0": "layers.1"})
     assert "'layers/1' into 'layers/0'" in caught.value.__notes__[0]
