@@ -44,7 +44,8 @@ def test_fields_and_defaults_are_flax_s():
     assert issubclass(BatchNorm, nn.BatchNorm)
     expected = {f.name: f.default for f in dataclasses.fields(nn.BatchNorm)}
     actual = {f.name: f.default for f in dataclasses.fields(BatchNorm)}
-    assert actual == expected | {"unbiased": False, "autodiff": "custom_vjp"}
+    jaxbn_only = {"unbiased": False, "autodiff": "custom_vjp"}
+    assert actual == expected | jaxbn_only | {"virtual_batch_size": None}
     positional = [f.name for f in dataclasses.fields(BatchNorm) if not f.kw_only]
     assert positional == [
         f.name for f in dataclasses.fields(nn.BatchNorm) if not f.kw_only
@@ -285,8 +286,8 @@ class JaxbnScaled(BatchNorm):
     factor: float = 2.0
 
     @nn.compact
-    def __call__(self, x, use_running_average=None, *, mask=None):
-        return self.factor * super().__call__(x, use_running_average, mask=mask)
+    def __call__(self, x, use_running_average=None, **options):
+        return self.factor * super().__call__(x, use_running_average, **options)
 
 
 def test_replace_batch_norm_computes_as_jaxbn(x):

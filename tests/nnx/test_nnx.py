@@ -56,6 +56,7 @@ def test_arguments_and_defaults_are_flax_s():
     )
     keyword = inspect.Parameter.KEYWORD_ONLY
     jaxbn_only = {"unbiased": ("False", keyword), "autodiff": ("'custom_vjp'", keyword)}
+    jaxbn_only |= {"virtual_batch_size": ("None", keyword)}
     assert actual == expected | jaxbn_only
 
 
@@ -315,7 +316,8 @@ def test_replace_keeps_layers_and_variables(x):
     places = (before.first, before.listed[0], named.a, named.b.c, before.rest.layers[1])
     assert {type(layer) for layer in places} == {BatchNorm}
     assert before.shared is before.first
-    assert type(before.own) is Scaled
+    assert isinstance(before.own, Scaled)
+    assert isinstance(before.own, BatchNorm)
 
 
 def test_replaced_layer_has_the_graph_of_a_jaxbn_layer():
