@@ -78,7 +78,7 @@ def compare(model: nnx.Module, x: Array, compiled: bool, repeats: int) -> list[f
     """Return milliseconds with batch norm, and folded."""
     model.eval()
     calls = []
-    for version in (model, jaxbn.nnx.fold(model)):
+    for version in (model, jaxbn.nnx.fold(model, x)):
         graph, state = nnx.split(version)
 
         def run(state: nnx.State, x: Array, graph: nnx.GraphDef = graph) -> Array:

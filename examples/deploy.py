@@ -59,7 +59,7 @@ def prepare(seed: int, steps: int) -> dict[str, Wrapped]:
     _, (images, _) = load_digits(seed)
     jaxbn.nnx.population(model, np.split(images, 40))
     versions["population statistics"] = predictor(model)
-    versions["folded"] = predictor(jaxbn.nnx.fold(model))
+    versions["folded"] = predictor(jaxbn.nnx.fold(model, images[:1]))
     return versions
 
 

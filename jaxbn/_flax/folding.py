@@ -1,6 +1,7 @@
-"""Checks of the models and paths that are given to `fold`."""
+"""Checks of the models and paths that are given to `fold`, and its warning."""
 
-from collections.abc import Collection, Iterator
+import warnings
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TypeVar
 
@@ -10,14 +11,12 @@ Kind = TypeVar("Kind")
 
 
 @contextmanager
-def add_layer_note(layer: Path, norm: Path) -> Iterator[None]:
+def add_layer_note(layer: str, norm: str) -> Iterator[None]:
     """Add a note to any error that names the two layers: a model has dozens."""
     try:
         yield
     except (TypeError, ValueError) as error:
-        error.add_note(
-            f"While folding the batch norm {join(norm)!r} into {join(layer)!r}."
-        )
+        error.add_note(f"While folding the batch norm {norm!r} into {layer!r}.")
         raise
 
 
@@ -36,8 +35,8 @@ def check_not_empty(pairs: Collection[object]) -> None:
     if not pairs:
         raise ValueError(
             "found no layer with a batch norm to fold into it; got a model, or pairs, "
-            "without one. Only a batch norm right after a linear layer can be folded: "
-            "name such layers with pairs={layer: norm}."
+            "without one. Only a batch norm directly after or before a linear layer "
+            "can be folded; pairs={layer: norm} restricts fold to some of them."
         )
 
 
@@ -73,10 +72,8 @@ def uses_call_of(value: object, kinds: tuple[type, ...]) -> bool:
     return type(value).__call__ in {kind.__call__ for kind in kinds}
 
 
-def check_axis_is_last(axis: object) -> None:
-    """Check that a batch norm has the last axis, like the layer before it."""
-    if axis != -1:
-        raise ValueError(
-            "the batch norm must have axis=-1, the features of the layer before it; "
-            f"got axis={axis}. Set axis=-1 if that is the same axis."
-        )
+def warn_unfolded(reasons: Mapping[str, str]) -> None:
+    """Warn with the path of each batch norm that stays, and the reason."""
+    if reasons:
+        lines = "".join(f"\n  {path}: {why}" for path, why in reasons.items())
+        warnings.warn(f"fold left batch norms as they are:{lines}", stacklevel=3)

@@ -1,60 +1,67 @@
 """Folding for nnx: a copy of the model without the batch norms that were folded."""
 
-from collections.abc import Collection, Iterator, Mapping
-from itertools import pairwise
-from typing import TypeVar
+from collections.abc import Collection, Mapping
+from functools import partial
+from typing import TypeVar, cast
 
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 from jax.typing import ArrayLike
+from jaxtyping import PyTree
 
-from .._core.variables import BatchNormParams, BatchNormState
 from .._flax.folding import (
     add_layer_note,
-    check_axis_is_last,
     check_foldable,
     check_not_empty,
     uses_call_of,
+    warn_unfolded,
 )
+from .._flax.pairs import Fold, check_pairs, choose_folds
 from .._flax.paths import Path, PathKey, join, split
-from .._inference.folding import fold as fold_layer
-from ._batch_norm import BatchNorm
+from .._flax.stacks import fold_stacks
 from ._bridge import bridges
-from ._graph import get, iterate, put
+from ._graph import get, iterate, replace_class
+from ._trace import LAYERS, NORMS, Layer, trace_model, weights
 
 Model = TypeVar("Model")
-Layer = nnx.Linear | nnx.LinearGeneral | nnx.Conv | nnx.ConvTranspose
-LAYERS = (nnx.Linear, nnx.LinearGeneral, nnx.Conv, nnx.ConvTranspose)
-NORMS = (nnx.BatchNorm, BatchNorm)
 
 
-def fold(model: Model, pairs: Mapping[PathKey, str | Path] | None = None) -> Model:
-    """Fold batch norms into the layers before them, in a copy of an nnx model.
+def fold(
+    model: Model,
+    *args: PyTree,
+    pairs: Mapping[PathKey, str | Path] | None = None,
+    **kwargs: PyTree,
+) -> Model:
+    """Fold batch norms into the layers before or after them, in a copy of an nnx model.
+
+    One abstract call, `model(*args, **kwargs)`, shows which arrays go where: no array
+    is computed. A batch norm is folded into the linear layer before it if the output of
+    this layer has no other use, and otherwise into the linear layers after it if its
+    own output has no other use, and if they do not pad with zeros. The formulas are at
+    `jaxbn.fold`. Layers in `nnx.vmap` and `nnx.scan` are folded stack by stack.
 
     **Arguments**
 
-    - `model`: a module, or lists, dicts and other pytrees of modules. It is not
-      changed.
-    - `pairs`: `{layer: norm}`, their attribute paths, as `"blocks/0/conv"`, as
-      `"blocks.0.conv"` or as tuples. The model must call the norm, and nothing else, on
-      the layer's output, and call the layer at this path once: the modules do not show
-      it. Without `pairs`: every batch norm that directly follows a layer in an
-      `nnx.Sequential`, wherever in the model that is; other batch norms stay.
-
-    The layers are Flax's `Linear`, `LinearGeneral`, `Conv` and `ConvTranspose`, the
-    norms Flax's or jaxbn's.
+    - `model`: a module, which is not changed. Layers are Flax's `Linear`,
+      `LinearGeneral`, `Conv` and `ConvTranspose`, batch norms Flax's and jaxbn's, and
+      layers of classes that inherit from these and have no `__call__` of their own.
+    - `args`, `kwargs`: of a call at inference, after `model.eval()` for instance;
+      arrays may be `jax.ShapeDtypeStruct`.
+    - `pairs`: `{layer: norm}`, to fold only these: attribute paths, as
+      `"blocks/0/conv"`, as `"blocks.0.conv"` or as tuples.
 
     **Returns** the new model, for inference only. It has the same paths: at the path of
     a folded batch norm is a module that returns its input. Each layer has a bias, and
     kernel and bias in float32 or wider; a layer that has a `dtype` still computes in
-    it, and so rounds y to it. At every other path, a layer that was folded at one path
-    is unfolded.
+    it, and so rounds y to it.
 
-    **Raises** `ValueError` if there is nothing to fold, for a path that does not exist,
-    for a batch norm whose `axis` is not -1, and as `jaxbn.fold` does; `TypeError` if
-    `pairs` names other kinds of modules, among them subclasses with their own
-    `__call__` and the layers of a linen model in a `flax.nnx.bridge.ToNNX`.
+    **Warns** with the path and the reason of each batch norm that stays.
+
+    **Raises** `ValueError` for a model without batch norm, for `pairs` that the model
+    does not compute, for a path that does not exist, and as `jaxbn.fold` does;
+    `TypeError` if `pairs` names other kinds of modules, and if the only batch norms are
+    in a linen model, in a `flax.nnx.bridge.ToNNX`.
 
     >>> import jax, jax.numpy as jnp, jaxbn.nnx
     >>> from flax import nnx
@@ -63,25 +70,77 @@ def fold(model: Model, pairs: Mapping[PathKey, str | Path] | None = None) -> Mod
     >>> model = nnx.Sequential(conv, nnx.BatchNorm(3, rngs=rngs), nnx.relu)
     >>> model.eval()
     >>> x = jax.random.normal(jax.random.key(0), (1, 5, 5, 2))
-    >>> folded = jaxbn.nnx.fold(model)
+    >>> folded = jaxbn.nnx.fold(model, x)
     >>> jnp.allclose(folded(x), model(x), atol=1e-6)
     Array(True, dtype=bool)
     >>> folded.layers[0].bias.shape, type(folded.layers[1]).__name__
     ((3,), 'FoldedBatchNorm')
     """
+    _check_callable(model)
     model = nnx.clone(model, graph=True)
-    if pairs is None:
-        paths = [*_pairs_in_sequentials(model)]
+    nodes = {join(path): node for path, node in iterate(model)}
+    if pairs is not None:
+        named = _find_pairs(model, pairs, {id(n): path for path, n in nodes.items()})
+        folds = check_pairs(trace_model(model, args, kwargs), named)
     else:
-        paths = [(split(layer), split(norm)) for layer, norm in pairs.items()]
-    check_not_bridged(model, paths)
-    check_not_empty(paths)
-    for layer, norm in paths:
-        with add_layer_note(layer, norm):
-            put(model, layer, _fold_pair(get(model, layer), get(model, norm)))
-    for _, norm in paths:
-        put(model, norm, FoldedBatchNorm())
+        folds, reasons = _choose_folds(model, nodes, args, kwargs)
+        warn_unfolded(reasons)
+    for fold in folds:
+        with add_layer_note(fold.layer, fold.norm):
+            _fold_pair(nodes, fold)
+    for fold in folds:
+        _remove(nodes[fold.norm])
     return model
+
+
+def _check_callable(model: object) -> None:
+    if not callable(model):
+        raise TypeError(
+            "fold calls the model, with the arguments after it: fold(model, x); got "
+            f"{type(model).__name__}, which cannot be called. Pass a module that calls "
+            "its parts."
+        )
+
+
+def _choose_folds(
+    model: PyTree,
+    nodes: Mapping[str, object],
+    args: tuple[PyTree, ...],
+    kwargs: dict[str, PyTree],
+) -> tuple[list[Fold], dict[str, str]]:
+    """Return all folds of a model, and the reasons for the other batch norms."""
+    norms = {p: node for p, node in nodes.items() if isinstance(node, nnx.BatchNorm)}
+    known = [path for path, norm in norms.items() if uses_call_of(norm, NORMS)]
+    if not known:
+        check_not_bridged(model, [])
+        check_not_empty(known)
+    folds, reasons = choose_folds(trace_model(model, args, kwargs), known)
+    if not folds:
+        check_not_bridged(model, [])
+    for path in norms:
+        if path not in known:
+            reasons[path] = f"{type(norms[path]).__name__} has a __call__ of its own"
+    for path in map(join, bridges(model)):
+        reasons[path] = "its layers are linen's; fold them with jaxbn.linen.fold"
+    return folds, reasons
+
+
+def _find_pairs(
+    model: PyTree, pairs: Mapping[PathKey, str | Path], paths: Mapping[int, str]
+) -> list[tuple[str, str]]:
+    """Return the pairs of a user by the first path of each module."""
+    named = [(split(layer), split(norm)) for layer, norm in pairs.items()]
+    check_not_bridged(model, named)
+    check_not_empty(named)
+    found = []
+    for layer, norm in named:
+        with add_layer_note(join(layer), join(norm)):
+            modules = (
+                check_foldable(get(model, layer), LAYERS),
+                check_foldable(get(model, norm), NORMS),
+            )
+        found.append(tuple(paths[id(module)] for module in modules))
+    return found
 
 
 def check_not_bridged(model: object, paths: Collection[tuple[Path, Path]]) -> None:
@@ -92,11 +151,11 @@ def check_not_bridged(model: object, paths: Collection[tuple[Path, Path]]) -> No
         if inside or not paths:
             raise TypeError(
                 "fold takes layers of nnx, not those of a linen model in a ToNNX; got "
-                f"the ToNNX at the path {bridge!r}. Call jaxbn.linen.fold(variables, "
-                "pairs), variables = {'params': nnx.to_pure_dict(nnx.state(bridge, "
-                "nnx.Param)), 'batch_stats': nnx.to_pure_dict(nnx.state(bridge, "
-                "nnx.BatchStat))}, and apply the linen model to the result within "
-                "jaxbn.linen.skip_folded()."
+                f"the ToNNX at the path {bridge!r}. Call jaxbn.linen.fold(model, "
+                "variables, x), variables = {'params': nnx.to_pure_dict(nnx.state("
+                "bridge, nnx.Param)), 'batch_stats': nnx.to_pure_dict(nnx.state("
+                "bridge, nnx.BatchStat))}, and apply the linen model to the result "
+                "within jaxbn.linen.skip_folded()."
             )
 
 
@@ -117,42 +176,32 @@ class FoldedBatchNorm(nnx.Module):
         """Accept a batch norm's option in `nnx.view`; it has no effect."""
 
 
-def _pairs_in_sequentials(model: object) -> Iterator[tuple[Path, Path]]:
-    """Yield the paths of each layer and the batch norm after it in a Sequential.
-
-    A Sequential with its own `__call__` is left out: it may call both in another way.
-    """
-    for path, node in iterate(model):
-        if isinstance(node, nnx.Sequential) and uses_call_of(node, (nnx.Sequential,)):
-            for i, (layer, norm) in enumerate(pairwise(node.layers)):
-                if uses_call_of(layer, LAYERS) and uses_call_of(norm, NORMS):
-                    yield (*path, "layers", i), (*path, "layers", i + 1)
-
-
-def _fold_pair(layer: object, norm: object) -> Layer:
-    """Return a copy of `layer` that includes `norm`."""
-    layer = nnx.clone(check_foldable(layer, LAYERS))
-    norm = check_foldable(norm, NORMS)
-    check_axis_is_last(norm.axis)
-    optional = (layer.bias, norm.scale, norm.bias)
-    bias, scale, shift = (None if part is None else part[...] for part in optional)
-    kernel, bias = fold_layer(
-        layer.kernel[...],
-        bias,
-        BatchNormParams(scale, shift),
-        BatchNormState(norm.mean[...], norm.var[...], jnp.float32(0)),
-        epsilon=norm.epsilon,
-        axis=-2 if getattr(layer, "transpose_kernel", False) else -1,
+def _fold_pair(nodes: Mapping[str, object], fold: Fold) -> None:
+    """Include a batch norm in a layer, in place."""
+    layer = cast(Layer, nodes[fold.layer])
+    of_layer, of_norm = weights(layer), weights(cast(nnx.Module, nodes[fold.norm]))
+    old = of_layer.get("bias")
+    kernel, bias = fold_stacks(
+        fold,
+        of_layer["kernel"][...],
+        None if old is None else old[...],
+        {name: variable[...] for name, variable in of_norm.items()},
+        partial(_shape_bias, layer),
     )
-    layer.kernel.set_value(kernel)
-    if layer.bias is None:
-        layer.bias, layer.use_bias = nnx.Param(_bias_for(layer, bias)), True
-    else:
-        layer.bias.set_value(bias)
-    return layer
+    # Copies: another layer may share them.
+    layer.kernel = cast(nnx.Param, layer.kernel.copy(kernel))
+    layer.bias = nnx.Param(bias) if old is None else cast(nnx.Param, old.copy(bias))
+    layer.use_bias = True
 
 
-def _bias_for(layer: Layer, bias: Array) -> Array:
+def _remove(norm: object) -> None:
+    """Turn a batch norm into a module that returns its input, wherever it is held."""
+    replace_class(cast(nnx.Module, norm), FoldedBatchNorm)
+    for name in [name for name in vars(norm) if not name.startswith("_")]:
+        delattr(norm, name)
+
+
+def _shape_bias(layer: Layer, bias: Array) -> Array:
     """Broadcast a bias to the shape of the layer's: more axes for `LinearGeneral`."""
     if not isinstance(layer, nnx.LinearGeneral):
         return bias

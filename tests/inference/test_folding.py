@@ -248,19 +248,17 @@ def test_inference_affine_rejects_wrong_arguments(rng):
 # linen.
 
 LINEN = {
-    "DenseGeneral": (nn.DenseGeneral((5, 4)), (2, 3), -1),
-    "Dense": (nn.Dense(4), (2, 3), -1),
-    "DenseGeneral, batched": (
-        nn.DenseGeneral(4, axis=-1, batch_dims=(0,)), (2, 6, 3), -1
-    ),
-    "Conv 1d": (nn.Conv(4, (3,), padding="CIRCULAR"), (2, 5, 3), -1),
-    "Conv 2d": (nn.Conv(4, (3, 3), (2, 2)), (2, 5, 5, 3), -1),
-    "Conv 3d": (nn.Conv(4, (2, 2, 2)), (2, 3, 3, 3, 3), -1),
-    "Conv, grouped": (nn.Conv(4, (3, 3), feature_group_count=2), (2, 5, 5, 6), -1),
-    "ConvLocal": (nn.ConvLocal(4, (3, 3)), (2, 4, 4, 3), -1),
-    "ConvTranspose": (nn.ConvTranspose(4, (3, 3), (2, 2)), (2, 3, 3, 3), -1),
+    "DenseGeneral": (nn.DenseGeneral((5, 4)), (2, 3)),
+    "Dense": (nn.Dense(4), (2, 3)),
+    "DenseGeneral, batched": (nn.DenseGeneral(4, batch_dims=(0,)), (2, 6, 3)),
+    "Conv 1d": (nn.Conv(4, (3,), padding="CIRCULAR"), (2, 5, 3)),
+    "Conv 2d": (nn.Conv(4, (3, 3), (2, 2)), (2, 5, 5, 3)),
+    "Conv 3d": (nn.Conv(4, (2, 2, 2)), (2, 3, 3, 3, 3)),
+    "Conv, grouped": (nn.Conv(4, (3, 3), feature_group_count=2), (2, 5, 5, 6)),
+    "ConvLocal": (nn.ConvLocal(4, (3, 3)), (2, 4, 4, 3)),
+    "ConvTranspose": (nn.ConvTranspose(4, (3, 3), (2, 2)), (2, 3, 3, 3)),
     "ConvTranspose, its kernel too": (
-        nn.ConvTranspose(4, (3, 3), (2, 2), transpose_kernel=True), (2, 3, 3, 3), -2
+        nn.ConvTranspose(4, (3, 3), (2, 2), transpose_kernel=True), (2, 3, 3, 3)
     ),
 }  # fmt: skip
 # The bias of these layers has more axes than the features of the norm.
@@ -284,15 +282,16 @@ class Unfolded(nn.Module):
 @pytest.mark.usefixtures("standard_promotion")
 @pytest.mark.parametrize(("name", "use_bias"), [*zip(LINEN, cycle(BIAS))])
 def test_linen_fold_supports_each_layer(name, use_bias, rng):
-    layer, shape, axis = LINEN[name]
+    layer, shape = LINEN[name]
     layer = layer.clone(use_bias=use_bias, parent=None)
     x = jnp.asarray(rng.normal(size=shape), jnp.float32)
     norm = LINEN_NORMS[use_bias]  # alternated too
     model = Unfolded(layer, norm)
     variables = random_variables(rng, model, x)
     expected = jax.jit(model.apply)(variables, x)
-    folded = jaxbn.linen.fold(variables, {"layer": "norm"}, epsilon=EPSILON, axis=axis)
-    assert folded.keys() == {"params"}
+    folded = jaxbn.linen.fold(model, variables, x)
+    assert folded.keys() == {"params", "batch_stats"}
+    assert folded["batch_stats"] == {}
     assert folded["params"].keys() == {"layer"}
     with skip_folded():
         assert_near(jax.jit(model.apply)(folded, x), expected)
@@ -345,7 +344,7 @@ def test_linen_fold_takes_paths_of_nested_layers(net):
     pairs = dict(list(PAIRS.items())[:2]) | {
         tuple(a.split("/")): tuple(b.split("/")) for a, b in list(PAIRS.items())[2:]
     }
-    folded = jaxbn.linen.fold(variables, pairs)
+    folded = jaxbn.linen.fold(Net(), variables, x, pairs=pairs)
     assert_same(variables, before, 0)
     assert folded["batch_stats"].keys() == {"Block_0", "Block_1"}
     for name in ("params", "batch_stats"):
@@ -366,14 +365,15 @@ def test_linen_fold_takes_paths_of_nested_layers(net):
 def test_folded_linen_model_fails_outside_skip_folded(net):
     variables, x = net
     with pytest.raises(Exception, match='"mean" for collection "batch_stats"'):
-        Net().apply(jaxbn.linen.fold(variables, PAIRS), x)
+        Net().apply(jaxbn.linen.fold(Net(), variables, x, pairs=PAIRS), x)
 
 
 def test_linen_fold_of_single_pairs_equals_fold_of_all(net):
-    folded = variables = net[0]
+    variables, x = net
+    folded = variables
     for layer, norm in PAIRS.items():
-        folded = jaxbn.linen.fold(folded, {layer: norm})
-    assert_same(folded, jaxbn.linen.fold(variables, PAIRS), 0)
+        folded = jaxbn.linen.fold(Net(), folded, x, pairs={layer: norm})
+    assert_same(folded, jaxbn.linen.fold(Net(), variables, x, pairs=PAIRS), 0)
 
 
 def test_folded_bfloat16_layer_matches_the_model(net):
@@ -381,7 +381,7 @@ def test_folded_bfloat16_layer_matches_the_model(net):
     block = {name: tree["Block_0"] for name, tree in variables.items()}
     pairs = {"Conv_0": "BatchNorm_0", "Conv_1": "BatchNorm_1"}
     expected = jax.jit(Block().apply)(block, x)
-    folded = jaxbn.linen.fold(block, pairs)
+    folded = jaxbn.linen.fold(Block(), block, x, pairs=pairs)
     with skip_folded():
         y = jax.jit(Block(jnp.bfloat16).apply)(folded, x.astype(jnp.bfloat16))
     assert_near(y, expected, 2e-2)
@@ -401,7 +401,7 @@ def test_skip_folded_keeps_the_code_of_subclasses(rng):
     model = nn.Sequential([nn.Dense(4, use_bias=False), Scaled(True)])
     variables = random_variables(rng, model, x)
     expected = model.apply(variables, x)
-    folded = jaxbn.linen.fold(variables, {"layers_0": "layers_1"})
+    folded = jaxbn.linen.fold(model, variables, x)
     apply = skip_folded()(model.apply)  # as a decorator
     assert_near(apply(folded, x), expected)
     with skip_folded(), jaxbn.linen.replace_batch_norm():
@@ -420,8 +420,9 @@ def test_linen_fold_keeps_partitioning_boxes(rng):
         ]
     )
     variables = nn.FrozenDict(random_variables(rng, model, x))
-    folded = jaxbn.linen.fold(variables, {"layers_0": "layers_1"})
+    folded = jaxbn.linen.fold(model, variables, x)
     assert folded["params"]["layers_0"]["kernel"].names == (None, "model")
+    assert type(folded) is nn.FrozenDict
     with skip_folded():
         assert_near(model.apply(folded, x), model.apply(variables, x))
 
@@ -435,33 +436,38 @@ def test_linen_fold_keeps_partitioning_boxes(rng):
             "kernel .*Conv_7.*'Block_1/Conv_1'",
         ),
         ({"Dense_0": "BatchNorm_0"}, "batch norms .*got 'BatchNorm_0'.*input_norm"),
-        ({"Dense_0": "Block_0/BatchNorm_0"}, "features of the layer before it"),
+        ({"Dense_0": "Block_0/BatchNorm_0"}, "directly before it is 'Block_0/Conv_0'"),
     ],
 )
 def test_linen_fold_rejects_wrong_pairs(pairs, match, net):
-    variables, _ = net
+    variables, x = net
     before = jax.tree.map(jnp.copy, variables)
     with pytest.raises(ValueError, match=match):
-        jaxbn.linen.fold(variables, pairs)
+        jaxbn.linen.fold(Net(), variables, x, pairs=pairs)
     assert_same(variables, before, 0)
 
 
 def test_linen_fold_error_names_the_damaged_pair(net):
-    variables, _ = net
+    variables, x = net
     damaged = jax.tree.map(jnp.copy, variables)
     stats = damaged["batch_stats"]["Block_1"]["BatchNorm_0"]
     stats["var"] = stats["var"].at[1].set(-0.1)
     before = jax.tree.map(jnp.copy, damaged)
     with pytest.raises(ValueError, match="must not be negative") as caught:
-        jaxbn.linen.fold(damaged, PAIRS)
+        jaxbn.linen.fold(Net(), damaged, x, pairs=PAIRS)
     assert "'Block_1/BatchNorm_0' into 'Block_1/Conv_0'" in caught.value.__notes__[0]
     assert_same(damaged, before, 0)
 
 
 def test_linen_fold_rejects_variables_without_batch_norm(net):
-    variables, _ = net
+    variables, x = net
+    params = {"params": variables["params"]}
     with pytest.raises(ValueError, match="There are: none"):
-        jaxbn.linen.fold({"params": variables["params"]}, PAIRS)
+        jaxbn.linen.fold(Net(), params, x, pairs=PAIRS)
+    with pytest.raises(ValueError, match="'batch_stats'; found none"):
+        jaxbn.linen.fold(Net(), params, x)
+    with pytest.raises(TypeError, match="model"):
+        jaxbn.linen.fold(variables, PAIRS)  # pyright: ignore[reportArgumentType]
 
 
 # nnx.
@@ -505,7 +511,7 @@ def test_nnx_fold_supports_each_layer(name, use_bias, rng):
     x = jnp.asarray(rng.normal(size=shape), jnp.float32)
     apply = nnx.jit(lambda model: model(x))
     before, expected = nnx.to_pure_dict(nnx.state(model)), apply(model)
-    folded = jaxbn.nnx.fold(model)
+    folded = jaxbn.nnx.fold(model, x)
     assert_near(apply(folded), expected)
     assert_same(nnx.to_pure_dict(nnx.state(model)), before, 0)
     assert_same(apply(model), expected, 0)
@@ -557,21 +563,21 @@ def norms_in(model):
     return sum(isinstance(node, nnx.BatchNorm) for _, node in nodes)
 
 
-def test_nnx_fold_takes_sequentials_and_paths(tower):
+def test_nnx_fold_takes_paths_of_nested_layers(tower):
     model, x = tower
     apply = nnx.jit(lambda model: model(x))
     expected = apply(model)
-    half = jaxbn.nnx.fold(model)
-    assert (norms_in(model), norms_in(half)) == (7, 5)
-    assert half.blocks[0] is half.blocks[2]
-    assert_near(apply(half), expected)
     pairs = {
         "blocks.0.conv": "blocks.0.norm",
         ("blocks", 1, "conv"): ("blocks", 1, "norm"),
         "heads.main.0": "heads.main.1",
     }
-    folded = jaxbn.nnx.fold(half, pairs)
-    assert norms_in(folded) == 2  # the norms that precede a layer
+    half = jaxbn.nnx.fold(model, x, pairs=pairs)
+    assert (norms_in(model), norms_in(half)) == (7, 4)
+    assert half.blocks[0] is half.blocks[2]
+    assert_near(apply(half), expected)
+    folded = jaxbn.nnx.fold(half, x)
+    assert norms_in(folded) == 0
     assert_near(apply(folded), expected)
     assert_near(apply(nnx.view(folded, use_running_average=True)), expected)
     assert_same(apply(model), expected, 0)
@@ -587,16 +593,22 @@ class Held(nnx.Module):
         )
         self.both = nnx.Sequential(self.linear, self.norm)
 
-    def __call__(self, x):
-        return self.both(x) + self.linear(x) + self.norm(x)
+    def __call__(self, x, again=True):
+        y = self.both(x)
+        return y + self.linear(x) if again else self.norm(self.linear(y))
 
 
 @pytest.mark.usefixtures("standard_promotion")
-def test_nnx_fold_leaves_layers_held_elsewhere_unfolded(rng):
+def test_nnx_fold_leaves_layers_that_are_called_elsewhere(rng):
     model = randomized(rng, nnx.eval_shape(lambda: Held(nnx.Rngs(0))))
     x = jnp.asarray(rng.normal(size=(4, 3)), jnp.float32)
-    apply = nnx.jit(lambda model: model(x))
-    assert_near(apply(jaxbn.nnx.fold(model)), apply(model))
+    with pytest.warns(UserWarning, match="both/layers/1: .*/0', .* has another use"):
+        folded = jaxbn.nnx.fold(model, x)
+    assert norms_in(folded) == 1
+    assert_near(folded(x), model(x))
+    folded = jaxbn.nnx.fold(model, x, again=False)
+    assert folded.norm is folded.both.layers[1]
+    assert_near(folded(x, again=False), model(x, again=False))
 
 
 @pytest.mark.usefixtures("standard_promotion")
@@ -605,9 +617,11 @@ def test_nnx_fold_supports_one_norm_after_two_layers(rng):
     norm = nnx.BatchNorm(3, rngs=nnx.Rngs(0))
     model = randomized(rng, nnx.Sequential(layers[0], norm, nnx.relu, layers[1], norm))
     x = jnp.asarray(rng.normal(size=(4, 3)), jnp.float32)
-    folded = jaxbn.nnx.fold(model)
+    folded = jaxbn.nnx.fold(model, x)
     assert norms_in(folded) == 0
     assert_near(folded(x), model(x))
+    with pytest.raises(ValueError, match="it is 'layers/0', 'layers/3'"):
+        jaxbn.nnx.fold(model, x, pairs={"layers/0": "layers/1"})
 
 
 class TwoTimes(nnx.BatchNorm):
@@ -634,8 +648,6 @@ def sequential(norm: Any = nnx.BatchNorm, kind=nnx.Sequential, **options):
         (sequential(), {}, ValueError, "found no layer with a batch norm"),
         (sequential(nnx.LayerNorm), None, ValueError, "found no layer with"),
         (sequential(TwoTimes), None, ValueError, "found no layer with"),
-        (sequential(kind=Reversed), None, ValueError, "found no layer with"),
-        (sequential(axis=1), None, ValueError, "must have axis=-1, .*got axis=1"),
         (sequential(), {"layers.0": "layers.9"}, ValueError, "got 'layers.9', which"),
         (sequential(), {"linear": "norm"}, ValueError, "this Sequential does not have"),
         (sequential(), {"layers.1": "layers.1"}, TypeError, "only Linear, .*BatchNorm"),
@@ -644,15 +656,30 @@ def sequential(norm: Any = nnx.BatchNorm, kind=nnx.Sequential, **options):
 )
 def test_nnx_fold_rejects_wrong_models(model, pairs, error, match):
     with pytest.raises(error, match=match):
-        jaxbn.nnx.fold(model, pairs)
+        jaxbn.nnx.fold(model, jnp.ones((2, 3)), pairs=pairs)
+
+
+def test_nnx_fold_rejects_what_it_cannot_call():
+    with pytest.raises(TypeError, match="fold calls the model"):
+        jaxbn.nnx.fold(nnx.List([sequential()]), jnp.ones((2, 3)))
+
+
+@pytest.mark.usefixtures("standard_promotion")
+@pytest.mark.parametrize("options", [{"axis": 1}, {"kind": Reversed}])
+def test_nnx_fold_takes_axis_and_order_from_the_call(options, rng):
+    model = randomized(rng, sequential(**options))
+    x = jnp.asarray(rng.normal(size=(4, 3)), jnp.float32)
+    folded = jaxbn.nnx.fold(model, x)
+    assert norms_in(folded) == 0
+    assert_near(folded(x), model(x))
 
 
 def test_nnx_fold_error_names_the_damaged_pair(tower):
-    model, _ = tower
+    model, x = tower
     model.blocks[1].rest.layers[2].var[...] *= -1
     before = nnx.to_pure_dict(nnx.state(model))
     with pytest.raises(ValueError, match="must not be negative") as caught:
-        jaxbn.nnx.fold(model)
+        jaxbn.nnx.fold(model, x)
     where = "'blocks/1/rest/layers/2' into 'blocks/1/rest/layers/1'"
     assert where in caught.value.__notes__[0]
     assert norms_in(model) == 7

@@ -414,7 +414,7 @@ def namespaces() -> Iterator[list[str]]:
 
 
 def start_on_hosts(namespaces, output, *flags) -> list[subprocess.Popen]:
-    """Start one worker on each host, by the commands of the README."""
+    """Start one worker on each host, by the commands of the documentation."""
     workers = []
     for i, (name, host) in enumerate(zip(namespaces, HOSTS, strict=True)):
         enter = ["ip", "netns", "exec", name, "unshare", "--uts"]

@@ -1,0 +1,108 @@
+"""One abstract call of a model, and the calls of its layers within it."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jax.core import Tracer
+from jax.extend.core import Jaxpr
+from jax.tree_util import DictKey, KeyPath
+from jax.typing import ArrayLike
+from jaxtyping import PyTree
+
+from .layer import Layer
+from .linear import Linear
+from .marks import INPUT, OUTPUT, mark, mark_weights
+from .pairs import Norm
+from .paths import Path
+
+ARRAYS = (jax.Array, np.ndarray, jax.ShapeDtypeStruct)
+
+
+@dataclass(eq=False)
+class Recorder:
+    """The calls of all layers and batch norms by path, as they are traced."""
+
+    layers: dict[str, set[Linear]] = field(default_factory=dict)
+    norms: dict[str, set[Norm]] = field(default_factory=dict)
+
+    def call_layer(
+        self,
+        path: str,
+        call: Callable[[Array], Array],
+        x: ArrayLike,
+        weights: Mapping[str, Array],
+        linear: Linear,
+    ) -> Array:
+        """Call a linear layer, marked."""
+        self.layers.setdefault(path, set()).add(linear)
+        return _call(path, call, x, weights)
+
+    def call_norm(
+        self,
+        path: str,
+        call: Callable[[Array], Array],
+        x: ArrayLike,
+        weights: Mapping[str, Array],
+        norm: Norm,
+    ) -> Array:
+        """Call a batch norm, marked."""
+        self.norms.setdefault(path, set()).add(norm)
+        return _call(path, call, x, weights)
+
+
+def _call(
+    path: str,
+    call: Callable[[Array], Array],
+    x: ArrayLike,
+    weights: Mapping[str, Array],
+) -> Array:
+    mark_weights(weights, path)
+    return mark(call(mark(x, INPUT, path)), OUTPUT, path)
+
+
+def describe_norm(layer: Layer, x: ArrayLike, train: bool) -> Norm:
+    """Describe a call of a batch norm."""
+    ndim, epsilon = jnp.ndim(x), layer.epsilon
+    axes = tuple(sorted(int(a) % ndim - ndim for a in np.atleast_1d(layer.axis)))
+    return Norm(axes, None if isinstance(epsilon, Tracer) else float(epsilon), train)  # pyright: ignore[reportArgumentType]
+
+
+def trace_call(
+    call: Callable[..., PyTree],
+    variables: Sequence[Array],
+    args: tuple[PyTree, ...],
+    kwargs: Mapping[str, PyTree],
+) -> Jaxpr:
+    """Trace `call(variables, *args, **kwargs)`, with all arrays abstract."""
+    leaves, structure = jax.tree.flatten((args, dict(kwargs)))
+    arrays = {i: leaf for i, leaf in enumerate(leaves) if isinstance(leaf, ARRAYS)}
+
+    def run(variables: Sequence[Array], arrays: Mapping[int, Array]) -> PyTree:
+        given = [arrays.get(i, leaf) for i, leaf in enumerate(leaves)]
+        args, kwargs = structure.unflatten(given)
+        return call(variables, *args, **kwargs)
+
+    with _add_note():
+        return jax.make_jaxpr(run)(list(variables), arrays).jaxpr
+
+
+def names(keys: KeyPath) -> Path:
+    """Return the names in a path of `jax.tree`, without the attributes of boxes."""
+    return tuple(key.key for key in keys if isinstance(key, DictKey))
+
+
+@contextmanager
+def _add_note() -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:
+        error.add_note(
+            "While fold called the model, to see which layers follow each other: "
+            "pass it the arguments of a call at inference, such as train=False."
+        )
+        raise

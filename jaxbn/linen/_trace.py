@@ -1,0 +1,158 @@
+"""The layers and batch norms that a linen model calls, and how they are connected."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from flax.core import meta
+from jax import Array
+from jax.typing import ArrayLike
+from jaxtyping import PyTree
+
+from .._flax.dataflow import read_dataflow
+from .._flax.linear import (
+    DENSE,
+    Linear,
+    describe_convolution,
+    describe_general,
+    describe_transposed,
+)
+from .._flax.marks import Mark
+from .._flax.pairs import LAYER_WEIGHTS, Trace
+from .._flax.paths import Path, join
+from .._flax.tracing import Recorder, describe_norm, names, trace_call
+from ._bridge import intercept_bridges
+from ._intercept import NextCall, intercept_calls
+from ._population import measuring
+from ._skip import LAYERS, NORMS, is_folded, skip_in_trace
+from ._tree import Variables
+
+WEIGHTS = [("params", name) for name in (*LAYER_WEIGHTS, "scale")]
+WEIGHTS += [("batch_stats", name) for name in ("mean", "var")]
+
+
+def trace_model(
+    model: nn.Module,
+    variables: Variables,
+    args: tuple[PyTree, ...],
+    kwargs: dict[str, PyTree],
+) -> tuple[Trace, set[str]]:
+    """Trace one call of `model.apply`; return also the paths of norms of nnx."""
+    recorder, of_nnx = Recorder(), set[str]()
+    keyed, structure = jax.tree.flatten_with_path(variables)
+    leaves = [leaf for _, leaf in keyed]
+
+    def apply(leaves: list[Array], *args: PyTree, **kwargs: PyTree) -> PyTree:
+        return model.apply(structure.unflatten(leaves), *args, **kwargs)
+
+    # `replace_batch_norm` then passes each call on.
+    with measuring(True), _recording(recorder, of_nnx), skip_in_trace():
+        program = trace_call(apply, leaves, args, kwargs)
+    trace = Trace(
+        read_dataflow(program, len(leaves)),
+        recorder.layers,
+        recorder.norms,
+        _weights_by_path([names(path) for path, _ in keyed]),
+        [jnp.shape(leaf) for leaf in leaves],
+    )
+    return trace, of_nnx
+
+
+def _weights_by_path(paths: list[Path]) -> dict[Mark, int]:
+    return {
+        Mark(str(path[-1]), join(path[1:-1])): leaf
+        for leaf, path in enumerate(paths)
+        if (path[0], path[-1]) in WEIGHTS
+    }
+
+
+@contextmanager
+def _recording(recorder: Recorder, of_nnx: set[str]) -> Iterator[None]:
+    layers = intercept_calls(LAYERS, partial(_call_layer, recorder))
+    norms = intercept_calls(NORMS, partial(_call_norm, recorder))
+    bridges = intercept_bridges(partial(_record_module, recorder, of_nnx))
+    with layers, norms, bridges:
+        yield
+
+
+def _record_module(
+    recorder: Recorder, of_nnx: set[str], bridge: nn.Module, module: object
+) -> None:
+    """Record the calls in an nnx module, in a `ToLinen`."""
+    from ..nnx._bridge import all_statistics  # a circular import
+    from ..nnx._trace import record_calls
+
+    of_nnx.update(join((*bridge.path, *norm)) for norm in all_statistics(module))
+    record_calls(module, recorder, bridge.path)
+
+
+def _call_layer(
+    recorder: Recorder,
+    next_call: NextCall,
+    layer: nn.Module,
+    inputs: ArrayLike,
+    **options: PyTree,
+) -> Array:
+    return recorder.call_layer(
+        _path(layer),
+        partial(next_call, **options),
+        inputs,
+        _weights(layer),
+        _describe(layer, jnp.ndim(inputs)),
+    )
+
+
+def _call_norm(
+    recorder: Recorder,
+    next_call: NextCall,
+    norm: nn.BatchNorm,
+    x: ArrayLike,
+    use_running_average: bool | None = None,
+    **options: PyTree,
+) -> Array:
+    if is_folded(norm):
+        return next_call(x, use_running_average, **options)
+    inference = nn.merge_param(
+        "use_running_average", norm.use_running_average, use_running_average
+    )
+    return recorder.call_norm(
+        _path(norm),
+        partial(next_call, use_running_average=use_running_average, **options),
+        x,
+        _weights(norm),
+        describe_norm(norm, x, train=not inference),
+    )
+
+
+def _path(layer: nn.Module) -> str:
+    """Return the path of a layer's variables, which it may share with its parent."""
+    return join(layer.path if layer.scope is None else layer.scope.path)
+
+
+def _weights(layer: nn.Module) -> dict[str, Array]:
+    found = {
+        name: meta.unbox(layer.get_variable(collection, name))
+        for collection, name in WEIGHTS
+    }
+    return {name: value for name, value in found.items() if value is not None}
+
+
+def _describe(layer: nn.Module, ndim: int) -> Linear:
+    match layer:
+        case nn.ConvTranspose():
+            return describe_transposed(layer.transpose_kernel)
+        case nn.ConvLocal():
+            return DENSE._replace(obstacle="has a kernel for each position")
+        case nn.Conv():
+            return describe_convolution(
+                layer.kernel_size, layer.padding, layer.input_dilation, layer.mask
+            )
+        case nn.DenseGeneral():
+            return describe_general(
+                layer.features, layer.axis, bool(layer.batch_dims), ndim
+            )
+        case _:
+            return DENSE

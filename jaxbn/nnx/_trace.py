@@ -1,0 +1,161 @@
+"""The layers and batch norms that an nnx model calls, and how they are connected."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from typing import cast
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import Array
+from jax.typing import ArrayLike
+from jaxtyping import PyTree
+
+from .._flax.dataflow import read_dataflow
+from .._flax.folding import uses_call_of
+from .._flax.linear import (
+    DENSE,
+    Linear,
+    describe_convolution,
+    describe_general,
+    describe_transposed,
+)
+from .._flax.marks import Mark
+from .._flax.pairs import LAYER_WEIGHTS, NORM_WEIGHTS, Trace
+from .._flax.paths import Path, join
+from .._flax.tracing import Recorder, describe_norm, names, trace_call
+from ._batch_norm import BatchNorm, check_running_average
+from ._graph import iterate, replace_class
+
+Layer = nnx.Linear | nnx.LinearGeneral | nnx.Conv | nnx.ConvTranspose
+LAYERS = (nnx.Linear, nnx.LinearGeneral, nnx.Conv, nnx.ConvTranspose)
+NORMS = (nnx.BatchNorm, BatchNorm)
+WEIGHTS = {*LAYER_WEIGHTS, *NORM_WEIGHTS}
+PLACE = "jaxbn_place"
+
+
+def trace_model(
+    model: PyTree, args: tuple[PyTree, ...], kwargs: dict[str, PyTree]
+) -> Trace:
+    """Trace one call of the model, which is not changed."""
+    graphdef, state = nnx.split(model, graph=True)
+    leaves, structure = jax.tree.flatten(state)
+    recorder = Recorder()
+
+    def call(leaves: list[Array], *args: PyTree, **kwargs: PyTree) -> PyTree:
+        copy = nnx.merge(graphdef, structure.unflatten(leaves))
+        record_calls(copy, recorder)
+        # The state too: an array that the call stores is used.
+        return copy(*args, **kwargs), jax.tree.leaves(nnx.state(copy, graph=True))
+
+    program = trace_call(call, leaves, args, kwargs)
+    return Trace(
+        read_dataflow(program, len(leaves)),
+        recorder.layers,
+        recorder.norms,
+        _weights_by_path(model, state),
+        [jnp.shape(leaf) for leaf in leaves],
+    )
+
+
+def _weights_by_path(model: PyTree, state: PyTree) -> dict[Mark, int]:
+    """Return the number of each weight among the leaves of the state."""
+    nodes = [*iterate(model)]
+    # A Variable of several layers is in the state once, at its first path.
+    paths = {id(node): join(p) for p, node in nodes if isinstance(node, nnx.Variable)}
+    keyed = jax.tree.leaves_with_path(state)
+    leaves = {join(names(keys)): leaf for leaf, (keys, _) in enumerate(keyed)}
+    return {
+        Mark(name, join(path)): leaves[paths[id(variable)]]
+        for path, node in nodes
+        if isinstance(node, (*LAYERS, *NORMS))
+        for name, variable in weights(node).items()
+    }
+
+
+def weights(layer: nnx.Module) -> dict[str, nnx.Variable]:
+    """Return the Variables of a layer or batch norm by name."""
+    found = {name: getattr(layer, name, None) for name in WEIGHTS}
+    return {name: v for name, v in found.items() if isinstance(v, nnx.Variable)}
+
+
+@dataclass(frozen=True, eq=False)
+class _Place:
+    """The path of a layer, and the recorder of its calls.
+
+    An attribute of this kind belongs to the graph, and so survives nnx's transforms.
+    """
+
+    recorder: Recorder
+    path: str
+
+
+def record_calls(model: PyTree, recorder: Recorder, parent: Path = ()) -> None:
+    """Make all layers and batch norms of a model record their calls."""
+    for path, node in [*iterate(model)]:
+        for kinds, recorded in ((LAYERS, _recorded_layer), (NORMS, _recorded_norm)):
+            if isinstance(node, kinds) and uses_call_of(node, kinds):
+                setattr(node, PLACE, _Place(recorder, join((*parent, *path))))
+                replace_class(node, recorded(type(node)))
+
+
+@cache
+def _recorded_layer(kind: type[nnx.Module]) -> type[nnx.Module]:
+    call = cast(Callable[..., Array], kind.__call__)
+
+    def call_recorded(
+        layer: nnx.Module, inputs: ArrayLike, *args: PyTree, **options: PyTree
+    ) -> Array:
+        place: _Place = getattr(layer, PLACE)
+        return place.recorder.call_layer(
+            place.path,
+            lambda x: call(layer, x, *args, **options),
+            inputs,
+            _values(layer),
+            _describe(layer, jnp.ndim(inputs)),
+        )
+
+    return type(kind.__name__, (kind,), {"__call__": call_recorded})
+
+
+@cache
+def _recorded_norm(kind: type[nnx.BatchNorm]) -> type[nnx.BatchNorm]:
+    def call_recorded(
+        norm: nnx.BatchNorm,
+        x: ArrayLike,
+        use_running_average: bool | None = None,
+        **options: PyTree,
+    ) -> Array:
+        place: _Place = getattr(norm, PLACE)
+        inference = use_running_average
+        if inference is None:
+            inference = check_running_average(norm.use_running_average)
+        return place.recorder.call_norm(
+            place.path,
+            lambda x: kind.__call__(norm, x, use_running_average, **options),
+            x,
+            _values(norm),
+            describe_norm(norm, x, train=not inference),
+        )
+
+    return type(kind.__name__, (kind,), {"__call__": call_recorded})
+
+
+def _values(layer: nnx.Module) -> dict[str, Array]:
+    return {name: variable[...] for name, variable in weights(layer).items()}
+
+
+def _describe(layer: object, ndim: int) -> Linear:
+    match layer:
+        case nnx.ConvTranspose():
+            return describe_transposed(layer.transpose_kernel)
+        case nnx.Conv():
+            return describe_convolution(
+                layer.kernel_size, layer.padding, layer.input_dilation, layer.mask
+            )
+        case nnx.LinearGeneral():
+            batched = bool(layer.batch_axis)
+            return describe_general(layer.out_features, layer.axis, batched, ndim)
+        case _:
+            return DENSE
