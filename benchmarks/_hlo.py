@@ -156,6 +156,16 @@ def bytes_sliced(
         int(parameter.operands[0]): sum(map(size, users))
         for parameter in body
         if parameter.op == "parameter"
-        and (users := [i for i in body if parameter.name in i.operands])
+        and (users := _users(parameter, body))
         and all(user.op in slices for user in users)
     }
+
+
+def _users(array: Instruction, body: list[Instruction]) -> list[Instruction]:
+    """Return the instructions that read an array, or a bitcast of it."""
+    users = [i for i in body if array.name in i.operands]
+    return [
+        reader
+        for user in users
+        for reader in (_users(user, body) if user.op == "bitcast" else [user])
+    ]

@@ -27,7 +27,8 @@ HloModule jit_step, is_scheduled=true, entry_computation_layout={(f32[4096,128]{
 %sample (shift: f32[128], rows: f32[4096,128]) -> f32[128] {
   %rows = f32[4096,128]{1,0} parameter(1)
   %shift = f32[128]{0} parameter(0)
-  %slice.1 = f32[64,128]{1,0} slice(%rows), slice={[0:64], [0:128]}
+  %split = f32[64,64,128]{2,1,0} bitcast(%rows)
+  %slice.1 = f32[1,64,128]{2,1,0} slice(%split), slice={[0:1], [0:64], [0:128]}
   %zero = f32[] constant(0)
   %total = f32[128]{0} reduce(%slice.1, %zero), dimensions={0}, to_apply=%add
   ROOT %mean = f32[128]{0} add(%total, %shift)
