@@ -61,9 +61,10 @@ def test_public_names_are_complete_and_documented():
         for name, value in vars(jaxbn).items()
         if not name.startswith("_") and not isinstance(value, ModuleType)
     }
-    variables = {"BatchNormParams", "BatchNormState"}
-    functions = {"batch_norm", "checkpoint_policy", "init"}
-    functions |= {"fold", "inference_affine", "population"}
+    variables = {"BatchNormParams", "BatchNormState", "BatchStatistics"}
+    functions = {"batch_norm", "batch_renorm", "checkpoint_policy", "init"}
+    functions |= {"batch_statistics", "normalize", "update_running_stats"}
+    functions |= {"fold", "inference_affine", "merge_states", "population"}
     assert public == variables | functions
     for name in public:
         assert getattr(jaxbn, name).__doc__.strip()
