@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from mkdocs.config.defaults import MkDocsConfig
-from mkdocs.exceptions import PluginError
 from mkdocs.structure.files import File, Files
 
 ROOT = Path(__file__).parent.parent
@@ -23,13 +22,10 @@ WIDE = ["benchmarks/README.md"]
 # A line that is only a link to a table: the site shows the table instead.
 TABLE_LINK = re.compile(r"^\[[^\]]*\]\((results/[\w-]+\.md)\)$", re.MULTILINE)
 
-# Pages made of sections of the README: their title, and the headings of these.
-FROM_README = {
-    "performance.md": ("Performance in short", ["Performance"]),
-    "compared.md": (
-        "Beside other libraries",
-        ["What jaxbn does that others don't", "Against Flax and PyTorch"],
-    ),
+# A section opens the page named "index" in it: its summary, not the full results.
+PUBLISHED_AS = {
+    "performance.md": ("index", "performance.html"),
+    "benchmarks/README.md": ("full_results", "benchmarks/full_results.html"),
 }
 
 
@@ -37,6 +33,9 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     """Add the pages that are not in `docs/`, and their pictures."""
     for file in _files(config):
         files.append(file)
+    for uri, (name, dest_uri) in PUBLISHED_AS.items():
+        file = files.src_uris[uri]
+        file.name, file.dest_uri = name, dest_uri
     return files
 
 
@@ -45,20 +44,6 @@ def _files(config: MkDocsConfig) -> Iterator[File]:
     for path in [*(ROOT / name for name in WHOLE), *pictures]:
         uri = path.relative_to(ROOT).as_posix()
         yield File.generated(config, uri, abs_src_path=str(path))
-    readme = (ROOT / "README.md").read_text()
-    for uri, (title, headings) in FROM_README.items():
-        text = "\n".join(_section(readme, heading) for heading in headings)
-        if len(headings) == 1:  # whose heading the title stands for
-            text = text.partition("\n")[2]
-        yield File.generated(config, uri, content=f"# {title}\n\n{text}")
-
-
-def _section(text: str, heading: str) -> str:
-    """From `## heading` to the next one of its level."""
-    found = re.search(rf"^## {re.escape(heading)}\n.*?(?=^## |\Z)", text, re.M | re.S)
-    if found is None:
-        raise PluginError(f"README.md has no section {heading!r}, which a page wants")
-    return found[0]
 
 
 def _table(link: re.Match[str]) -> str:
@@ -70,6 +55,6 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
     if page.file.src_uri in WIDE:
         page.meta["hide"] = ["toc"]
         markdown = TABLE_LINK.sub(_table, markdown)
-    if page.file.src_uri in {*WHOLE, *FROM_README}:
+    if page.file.src_uri in WHOLE:
         return re.sub(r"(\]\((?:\.\./)*)docs/", r"\1", markdown)
     return re.sub(r"(\]\((?:\.\./)*)\.\./(?=benchmarks/|[A-Z]+\.md)", r"\1", markdown)

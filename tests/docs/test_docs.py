@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from flax import linen as nn
 from flax import nnx
-from helpers import saved_bytes
+from helpers import assert_near, saved_bytes
 from pages import DOCS, run_page
 
 import jaxbn
@@ -54,6 +54,38 @@ def test_many_devices_snippets_match_the_whole_batch():
     np.testing.assert_allclose(names["same_y"], (x - x.mean(0)) / x.std(0), atol=1e-4)
     np.testing.assert_allclose(names["new_state"].mean, 0.01 * x[:5].mean(0), atol=1e-6)
     assert len(jax.devices()) == 8
+
+
+def test_build_your_own_snippets_compute_the_variants():
+    with jax.numpy_rank_promotion("allow"):
+        names = run_page("build_your_own.md")
+    x, params, state = (names[name] for name in ("x", "params", "state"))
+    exact = np.asarray(x, np.float64)
+    y = (exact - exact.mean(0)) / exact.std(0)
+    assert_near((names["y"], names["new_state"].mean), (y, 0.01 * exact.mean(0)))
+    jacobian = jax.jacobian(names["forward"], 3)(params, *state[:2], x[0])[0]
+    _, log_det = names["forward"](params, *state[:2], x[0])
+    assert_near(log_det, np.linalg.slogdet(jacobian)[1], size=1.0)
+    assert_near(names["restored"], x)
+    assert_near(names["model"].norm.mean[...], 0.01 * linear_mean(names), 1e-4)
+    before, after = (
+        names["entropy"](p, names["kernel"], x) for p in (params, names["adapted"])
+    )
+    assert after < before
+    assert_near(names["domains"].mean, 0.01 * np.stack([y := exact.mean(0), y + 9]))
+    found = np.asarray(names["found"], np.float64)
+    assert_near((found.mean(0), found.var(0)), (np.zeros(3), np.ones(3)), 1e-2, 1.0)
+    assert_near(names["ghost_y"], np.concatenate(names["ys"]))
+    assert_near(names["whole_y"].reshape(64, 3), names["y"])
+    assert_near(names["whole_state"].mean[0], names["new_state"].mean)
+    merged = names["merged"]
+    assert_near((merged.mean, merged.var), (exact.mean(0), exact.var(0)))
+
+
+def linear_mean(names):
+    """Return the mean of the model's hidden layer: one update, in the first pass."""
+    linear = names["model"].linear
+    return np.asarray(linear(names["x"]), np.float64).mean(0)
 
 
 def test_memory_snippets_have_the_gradients_of_the_plain_stages():

@@ -1,4 +1,4 @@
-"""Test the snippets and the numbers of the pages "Choosing" and "Questions"."""
+"""Test the snippets and the numbers of the pages "Choosing an API" and "FAQ"."""
 
 import importlib.util
 import inspect
@@ -207,9 +207,9 @@ def test_option_table_states_the_defaults():
 @pytest.mark.parametrize(
     ("momentum", "left", "steps", "batches"),
     [
-        (0.9, "0.003 %", 44, 19),
-        (0.99, "37 %", 459, 199),
-        (0.999, "90 %", 4603, 1999),
+        (0.9, "0.003%", 44, 19),
+        (0.99, "37%", 459, 199),
+        (0.999, "90%", 4603, 1999),
     ],
 )
 def test_momentum_table_matches_batch_norm(momentum, left, steps, batches):
@@ -225,8 +225,9 @@ def test_momentum_table_matches_batch_norm(momentum, left, steps, batches):
 
     _, weights = jax.lax.scan(step, jaxbn.init(1)[1], length=steps)
     assert weights[-1] < 0.01 <= weights[-2]
-    digits = len(left.split()[0].split(".")[-1]) if "." in left else 0
-    assert round(100 * momentum**100, digits) == float(left.split()[0])
+    stated = left.removesuffix("%")
+    digits = len(stated.partition(".")[2])
+    assert round(100 * momentum**100, digits) == float(stated)
     assert round((1 + momentum) / (1 - momentum)) == batches
 
 
@@ -241,6 +242,15 @@ def test_running_mean_at_momentum_0_9_averages_19_batches():
     each = jnp.eye(400)[:, None] * jnp.ones((1, 2, 1))
     state, _ = jax.lax.scan(step, state, each)
     near(1 / (float64(state.mean)[0] ** 2).sum(), 19)
+
+
+def test_momentum_of_pytorch_keeps_the_last_batch_or_two(faq):
+    """At 0.1 the last batch weighs 0.9, and the last two 0.99."""
+    params, state = faq["params"], faq["state"]
+    for batch in range(4):
+        x = jnp.full((2, 4), 10.0**batch)
+        _, state = jaxbn.batch_norm(params, state, x, train=True, momentum=0.1)
+    near(state.mean, np.full(4, 0.9 * 1000 + 0.09 * 100 + 0.009 * 10 + 0.0009))
 
 
 def test_keras_epsilon_leaves_small_variances_below_one():

@@ -1,104 +1,65 @@
-"""Test the example, the snippets and the numbers of the README."""
+"""Test the commands and the snippets of the README, each pasted as it is."""
 
-import inspect
-import re
+import contextlib
+import io
 from pathlib import Path
 
-import jax
 import numpy as np
-from flax import linen as nn
-from flax import nnx
+import pytest
 from pages import code_blocks
 
-import jaxbn
+import jaxbn.nnx
 
 README = (Path(__file__).parents[2] / "README.md").read_text()
+EXAMPLE, FLAX = code_blocks(README)
 
 
-def test_example_learns_its_target():
-    source, *_ = code_blocks(README)
-    assert len([line for line in source.splitlines() if line]) == 12
-    names = {}
-    with jax.numpy_dtype_promotion("standard"):  # optax needs it
+def run_pasted(source):
+    """Run a snippet alone; return its variables and what it printed."""
+    names, printed = {}, io.StringIO()
+    with contextlib.redirect_stdout(printed):
         exec(source, names)
-    np.testing.assert_allclose(names["y"], np.arctanh(0.5), atol=0.02)
-    kept = 1 - 0.99**200
-    np.testing.assert_allclose(names["state"].mean, 100 * kept, rtol=0.01)
+    return names, printed.getvalue()
 
 
-def run_snippet(number, **names):
-    source = code_blocks(README)[number]
-    assert len([line for line in source.splitlines() if line]) <= 3
-    exec(source, names)
-    return names
+@pytest.fixture(scope="module")
+def example():
+    return run_pasted(EXAMPLE)
 
 
-class Switched(nn.Module):
-    """Run the linen snippet of the README inside a model."""
+def test_example_prints_its_comment(example):
+    _, printed = example
+    assert len([line for line in EXAMPLE.splitlines() if line]) <= 14
+    _, comment = EXAMPLE.splitlines()[-1].split("  # ")
+    assert printed.split() == comment.split()
 
-    @nn.compact
-    def __call__(self, x):
-        return run_snippet(1, x=x, train=True)["y"]
+
+def test_example_ends_with_the_statistics_and_the_map_of_its_data(example):
+    names, _ = example
+    params, state = names["params"], names["state"]
+    np.testing.assert_allclose(state.mean, 100, atol=0.5)
+    np.testing.assert_allclose(state.var, 25, rtol=0.1)
+    np.testing.assert_allclose(params.scale, 5 / 10, rtol=0.1)
+    np.testing.assert_allclose(params.bias, 100 / 10, rtol=0.01)
 
 
-def test_switched_flax_models_have_unit_deviation(rng):
-    """None of the three ways has the cancelling variance of Flax."""
-    x = (1e4 + rng.normal(size=(64, 64))).astype(np.float32)
-    y, _ = Switched().init_with_output(jax.random.key(0), x)
-    np.testing.assert_allclose(y.std(0), 1, rtol=1e-4)
-
-    norm = run_snippet(2, rngs=nnx.Rngs(0))["norm"]
-    np.testing.assert_allclose(norm(x).std(0), 1, rtol=1e-4)
-
-    model = nn.BatchNorm(use_running_average=False)
-    after = run_snippet(
-        3,
-        jaxbn=jaxbn,
-        linen_model=model,
-        variables=model.init(jax.random.key(0), x),
-        nnx_model=nnx.BatchNorm(64, rngs=nnx.Rngs(0)),
-        x=x,
-    )
-    np.testing.assert_allclose(after["y"].std(0), 1, rtol=1e-4)
-    np.testing.assert_allclose(after["nnx_model"](x).std(0), 1, rtol=1e-4)
+def test_flax_snippet_replaces_both_layers():
+    names, _ = run_pasted(FLAX)
+    x, y = np.asarray(names["x"]), names["y"]
+    np.testing.assert_allclose(y, (x - x.mean(0)) / x.std(0), atol=1e-5)
+    stats = names["updates"]["batch_stats"]
+    np.testing.assert_allclose(stats["mean"], 0.01 * x.mean(0), rtol=1e-5)
+    assert type(names["nnx_model"].layers[0]) is jaxbn.nnx.BatchNorm
 
 
 def test_quick_start_has_two_commands():
-    block, *_ = code_blocks(README, "sh")
+    block, *_ = code_blocks(README.partition("## Quick start\n")[2], "sh")
     run, test = block.splitlines()
     assert run == "pip install -e '.[examples]' && python examples/quickstart.py"
     assert test == "pip install -e '.[test]' && pytest"
 
 
-def test_option_table_states_the_defaults():
-    parameters = inspect.signature(jaxbn.batch_norm).parameters
-    rows = dict(re.findall(r"^\| (`[^|]+`) \| (`[^|]+`) \|", README, re.MULTILINE))
-    for names, default in rows.items():
-        for name in re.findall(r"`(\w+)`", names):
-            stated = eval(default.strip("`"))
-            assert parameters[name].default == stated, name
-
-
-def test_initial_statistics_keep_37_percent_after_100_steps(rng):
-    params, state = jaxbn.init(1)
-    x = rng.normal(size=(8, 1)).astype(np.float32)
-    x = (x - x.mean()) / x.std()  # the batches add 0 to the mean
-
-    def step(state, _):
-        return jaxbn.batch_norm(params, state, x, True)[1], None
-
-    state = state._replace(mean=state.mean + 1)
-    after, _ = jax.lax.scan(step, state, None, length=100)
-    np.testing.assert_allclose(after.mean, 0.37, atol=0.005)
-
-
-def test_momentum_and_unbiased_reproduce_pytorch_and_flax(rng):
-    """The table translates both options."""
-    x = rng.normal(size=(10, 3)).astype(np.float32)
-    params, state = jaxbn.init(3)
-    _, torch_like = jaxbn.batch_norm(params, state, x, True, momentum=0.9)
-    _, flax_like = jaxbn.batch_norm(params, state, x, True, unbiased=False)
-    variances = [x.astype(np.float64).var(0, ddof=ddof) for ddof in (1, 0)]
-    np.testing.assert_allclose(torch_like.var, 0.9 + 0.1 * variances[0], rtol=1e-5)
-    np.testing.assert_allclose(flax_like.var, 0.99 + 0.01 * variances[1], rtol=1e-5)
-    assert isinstance(torch_like.mean, jax.Array)
+def test_readme_and_start_page_install_alike():
+    page = (Path(__file__).parents[2] / "docs/index.md").read_text()
+    commands = [code_blocks(text, "sh")[0] for text in (README, page)]
+    assert commands == ["pip install -e '.[flax]'\n"] * 2

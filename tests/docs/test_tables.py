@@ -1,0 +1,143 @@
+"""Test the figures of the README, of the performance summary and of the tables."""
+
+import inspect
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from pages import DOCS
+
+import jaxbn
+
+RESULTS = DOCS.parent / "benchmarks/results"
+README = DOCS.parent / "README.md"
+SUMMARY = DOCS / "performance.md"
+
+
+def read_tables(path: Path) -> Iterator[list[list[str]]]:
+    """Yield the cells of each table, the header first."""
+    for table in re.findall(r"(?:^\|.*\n)+", path.read_text(), re.MULTILINE):
+        lines = [line.strip("|") for line in table.splitlines()]
+        header, _, *rows = [[c.strip() for c in line.split("|")] for line in lines]
+        yield [header, *rows]
+
+
+def as_dicts(table: list[list[str]]) -> list[dict[str, str]]:
+    """Return the rows by the header, the last of columns of one name."""
+    header, *rows = table
+    return [dict(zip(header, row, strict=True)) for row in rows]
+
+
+def say(path: Path, *figures: str) -> None:
+    """Assert that a page says all figures, between spaces and punctuation."""
+    text = path.read_text()
+    for figure in figures:
+        assert re.search(rf"(?<![\d.]){re.escape(figure)}(?![\d]|\.\d)", text), figure
+
+
+SHORT = {
+    "Keras on JAX": "keras",
+    "PyTorch, channels last": "torch channels-last",
+    "PyTorch, contiguous": "torch contiguous",
+}
+
+
+def test_times_are_the_results():
+    ((_, *rows),) = read_tables(SUMMARY)
+    (results,) = read_tables(RESULTS / "layers-summary.md")
+    expected = {row["library"]: row for row in as_dicts(results)}
+    assert len(rows) == 7
+    for library, *cells in rows:
+        result = expected[SHORT.get(library, library)]
+        both = result["float32 both"], result["bfloat16 both"]
+        pairs = zip(cells[::2], cells[1::2], strict=True)
+        assert both == tuple(f"{ratio}<br>({count})" for ratio, count in pairs)
+
+
+def test_readme_says_pytorch_as_the_results_do():
+    (results,) = read_tables(RESULTS / "layers-summary.md")
+    torch = {row["library"]: row for row in as_dicts(results)}["torch channels-last"]
+    both = torch["float32 both"], torch["bfloat16 both"]
+    say(README, " and ".join(cell.partition("<")[0] for cell in both))
+
+
+@pytest.mark.parametrize(("program", "loss"), [("training step", 0), ("forward", 1)])
+def test_compile_times_are_the_results(program, loss):
+    ((_, *results),) = read_tables(RESULTS / "compile.md")
+    ratios = {"jaxbn": [], "jaxbn.linen": [], "flax.linen": []}
+    for row in results:
+        if row[1] == program:
+            ratios[row[2]].append(row[-1])  # tracing and compiling together
+    say(SUMMARY, " and ".join(ratios["jaxbn"]), " and ".join(ratios["jaxbn.linen"]))
+    say(README, " to ".join(sorted(ratios["jaxbn"])))
+    assert all((float(ratio) > 1) == loss for ratio in ratios["jaxbn"])
+
+
+def test_vmap_times_are_the_results():
+    summary, *_ = read_tables(RESULTS / "ensemble.md")
+    (result,) = as_dicts(summary)
+    ratio = {name: cell.split("<")[0] for name, cell in result.items()}
+    float32, bfloat16 = (f"{d} 4 members" for d in ("float32", "bfloat16"))
+    say(SUMMARY, ratio[float32], ratio[bfloat16])
+    say(SUMMARY, f"{ratio['float32 16 members']} and {ratio['bfloat16 16 members']}")
+    say(README, *(f"{float(ratio[name]):.1f}" for name in (float32, bfloat16)))
+
+
+def test_step_times_are_the_results():
+    (results,) = read_tables(RESULTS / "step.md")
+    say(SUMMARY, *(row["ms"].split()[0] for row in as_dicts(results)))
+
+
+def test_gpu_bytes_are_the_results():
+    *_, results = read_tables(RESULTS / "aot-h100.md")
+    moved = [r["GB moved"] for r in as_dicts(results) if r["dtype"] == "bfloat16"]
+    say(SUMMARY, *(f"{float(gb):.1f}" for gb in moved))
+
+
+def test_bytes_kept_are_the_results():
+    ((_, *results),) = read_tables(RESULTS / "memory.md")
+    kept = {(row[0].lower(), row[1]): float(row[3]) for row in results}
+    comparison, _ = read_tables(DOCS / "comparison.md")
+    (row,) = [r for r in as_dicts(comparison) if r[""].startswith("kept for the back")]
+    for library in comparison[0][2:]:
+        expected = kept[library.lower(), "bfloat16"]
+        assert row[library].startswith(f"{expected:.0f}×"), library
+
+
+def test_option_table_states_the_defaults():
+    parameters = inspect.signature(jaxbn.batch_norm).parameters
+    ((_, *rows),) = read_tables(DOCS / "api/core.md")
+    names = [re.findall(r"\w+", cell) for cell, *_ in rows]
+    stated = {n: row[1] for row, found in zip(rows, names, strict=True) for n in found}
+    _, _, _, _, *options = parameters  # params, state, x and train have no default
+    assert list(stated) == options
+    for name, default in stated.items():
+        assert parameters[name].default == eval(default.strip("`")), name
+
+
+def test_initial_statistics_keep_37_percent_after_100_steps(rng):
+    params, state = jaxbn.init(1)
+    x = rng.normal(size=(8, 1)).astype(np.float32)
+    x = (x - x.mean()) / x.std()  # the batches add 0 to the mean
+
+    def step(state, _):
+        return jaxbn.batch_norm(params, state, x, True)[1], None
+
+    state = state._replace(mean=state.mean + 1)
+    after, _ = jax.lax.scan(step, state, None, length=100)
+    np.testing.assert_allclose(after.mean, 0.37, atol=0.005)
+
+
+def test_momentum_and_unbiased_reproduce_pytorch_and_flax(rng):
+    """The comparison translates both options."""
+    x = rng.normal(size=(10, 3)).astype(np.float32)
+    params, state = jaxbn.init(3)
+    _, torch_like = jaxbn.batch_norm(params, state, x, True, momentum=0.9)
+    _, flax_like = jaxbn.batch_norm(params, state, x, True, unbiased=False)
+    variances = [x.astype(np.float64).var(0, ddof=ddof) for ddof in (1, 0)]
+    np.testing.assert_allclose(torch_like.var, 0.9 + 0.1 * variances[0], rtol=1e-5)
+    np.testing.assert_allclose(flax_like.var, 0.99 + 0.01 * variances[1], rtol=1e-5)
+    assert isinstance(torch_like.mean, jax.Array)
