@@ -22,7 +22,8 @@ def message_on_import(name: str) -> str:
 
 
 # PyPI resolves no relative link. In code "](" is an index and a call.
-prose = re.sub(r"```.*?```|`[^`]*`", "", str(metadata("jaxbn")), flags=re.DOTALL)
+readme = metadata("jaxbn")["Description"]
+prose = re.sub(r"```.*?```|`[^`]*`", "", readme, flags=re.DOTALL)
 relative = re.findall(r'(?:\]\(|src="|href=")((?!https:|#)[^)"]*)', prose)
 assert "](https:" in prose, "The wheel has no README."
 assert not relative, f"Links in the README for PyPI must be absolute: {relative}"
