@@ -388,6 +388,7 @@ def test_page_summary_matches_experiments():
     assert len(rows) == 17
     for claim, found, links in rows:
         text = "".join(results[number] for number in re.findall(r"\[(\d)\]", links))
+        text = text.replace(" %", "%")
         for number in re.findall(r"(?<![\w^(])-?\d+(?:\.\d+)?%?", found):
             as_share = f"{float(number.rstrip('%')) / 100:g}"
             seen = [number] + [as_share] * number.endswith("%")
