@@ -27,7 +27,7 @@ from .weights import check_mask
 
 
 class Arguments(NamedTuple):
-    """Hold checked arguments: arrays, and the options that select a program."""
+    """Hold the checked arguments that are arrays; `StaticOptions` hold the others."""
 
     params: AnyParams
     state: BatchNormState
@@ -35,7 +35,6 @@ class Arguments(NamedTuple):
     mask: Array | None
     batch_weight: ArrayLike | None
     epsilon: ArrayLike
-    options: StaticOptions
 
 
 def check_arguments(
@@ -53,7 +52,7 @@ def check_arguments(
     axis_index_groups: Sequence[Sequence[int]] | None,
     dtype: DTypeLike | None,
     autodiff: Autodiff,
-) -> Arguments:
+) -> tuple[Arguments, StaticOptions]:
     """Check each argument of `batch_norm`, beside the code that uses it."""
     check_kinds(params, state)
     x = check_input(x)
@@ -66,14 +65,14 @@ def check_arguments(
         dtype=check_output_dtype(dtype, x.dtype),
         autodiff=check_autodiff(autodiff),
     )
-    return Arguments(
+    arguments = Arguments(
         *check_variables(params, state, x, options.axis),
         x,
         check_mask(mask, x.shape),
         to_batch_weight(check_momentum(momentum)),
         check_epsilon(epsilon),
-        options,
     )
+    return arguments, options
 
 
 @contextmanager

@@ -61,6 +61,11 @@ def _sorting_permutation(order: Axes) -> Axes:
     return tuple(sorted(range(len(order)), key=order.__getitem__))
 
 
+def divisors(number: int) -> list[int]:
+    """Return the lengths of equal groups that an axis of this length can have."""
+    return [k for k in range(1, number + 1) if number % k == 0]
+
+
 def split_axis(array: Array, axis: int, size: int) -> Array:
     """Split an axis into groups of `size`; an axis of length 1 into (1, 1)."""
     length = array.shape[axis]

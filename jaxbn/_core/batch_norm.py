@@ -14,7 +14,7 @@ from jax import Array
 from jax.typing import ArrayLike, DTypeLike
 from jaxtyping import Inexact
 
-from .arguments import check_arguments, explain_transformations
+from .arguments import Arguments, check_arguments, explain_transformations
 from .options import StaticOptions
 from .running import update
 from .steps import batch_moments, in_accumulation_dtype, infer, normalize_batch
@@ -124,7 +124,7 @@ def batch_norm(
     Array([[-0.707, -0.707],
            [ 0.707,  0.707]], dtype=float32)
     """
-    arguments = check_arguments(
+    arguments, options = check_arguments(
         *(params, state, x, train),
         axis=axis,
         momentum=momentum,
@@ -138,23 +138,18 @@ def batch_norm(
     )
     size = check_virtual_batch_size(virtual_batch_size)
     if not train:
-        return infer(arguments), state
-    with explain_transformations(arguments.options):
+        return infer(arguments, options), state
+    with explain_transformations(options):
         if size is None:
-            return _train(*arguments)
-        return train_by_virtual_batches(*arguments, size)
+            return _train(arguments, options)
+        return train_by_virtual_batches(arguments, options, size)
 
 
 @partial(jax.jit, inline=True, static_argnames="options")
 def _train(
-    params: AnyParams,
-    state: BatchNormState,
-    x: Array,
-    mask: Array | None,
-    batch_weight: ArrayLike | None,
-    epsilon: ArrayLike,
-    options: StaticOptions,
+    arguments: Arguments, options: StaticOptions
 ) -> tuple[Array, BatchNormState]:
+    params, state, x, mask, batch_weight, epsilon = arguments
     x_acc, x = in_accumulation_dtype(x, state, options)
     mean, var, batch = batch_moments(state, x_acc, x, mask, options)
     state = update(state, batch, batch_weight, options.unbiased)

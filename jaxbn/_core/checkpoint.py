@@ -3,7 +3,9 @@
 from typing import TypeVar
 
 import jax
+from jax import Array
 from jax.ad_checkpoint import checkpoint_name
+from jax.typing import DTypeLike
 from jaxtyping import PyTree
 
 NAME = "jaxbn"
@@ -15,6 +17,19 @@ Tree = TypeVar("Tree", bound=PyTree)
 def name_saved(tree: Tree) -> Tree:
     """Mark arrays for `checkpoint_policy`; no operation in the compiled program."""
     return checkpoint_name(tree, NAME)
+
+
+def save_and_widen(
+    x: Array, dtype: DTypeLike, closed_form: bool
+) -> tuple[Array, Array]:
+    """Return x in the accumulation dtype, and x as it is saved.
+
+    The gradient leaves through the first, so that its parts, from the statistics and
+    from the normalization, are added before they are rounded to x's dtype. With
+    `closed_form` the values come from the second.
+    """
+    x = name_saved(x) if closed_form else x
+    return x.astype(dtype), x
 
 
 def checkpoint_policy(primitive: object, *avals: object, **params: object) -> bool:

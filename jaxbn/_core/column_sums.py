@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from .axes import Axes
+from .axes import Axes, divisors, split_axis
 from .weights import sum_over
 
 MAX_UNCUT_ROWS = 4096
@@ -30,8 +30,7 @@ def sum_columns(x: Array, axes: Axes) -> Array:
     num_runs = _num_runs(x, axes, cut)
     if num_runs is None:
         return sum_over(x, axes)
-    length = x.shape[cut] // num_runs
-    runs = x.reshape(*x.shape[:cut], num_runs, length, *x.shape[cut + 1 :])
+    runs = split_axis(x, cut, x.shape[cut] // num_runs)
     sums = jnp.sum(runs, [a + 1 for a in axes if a >= cut], keepdims=True)
     # The barrier keeps XLA from joining the two steps.
     return sum_over(lax.optimization_barrier(jnp.squeeze(sums, cut + 1)), axes)
@@ -49,13 +48,9 @@ def _num_runs(x: Array, axes: Axes, cut: int) -> int | None:
         return 1 if is_better and outer * blocks_per_run >= MIN_BLOCKS else None
     if cut == axes[0] and n.bit_count() > 1:
         return None  # devices that share a power of two of rows hold whole runs
-    counts = [k for k in _divisors(x.shape[cut]) if n // outer // k >= MIN_RUN]
+    counts = [k for k in divisors(x.shape[cut]) if n // outer // k >= MIN_RUN]
     if not counts:
         return None
     filling = (k for k in counts if outer * k * blocks_per_run >= MIN_BLOCKS)
     num_runs = next(filling, counts[-1])
     return num_runs if outer * num_runs > 1 else None
-
-
-def _divisors(n: int) -> list[int]:
-    return [k for k in range(1, n + 1) if n % k == 0]

@@ -17,7 +17,7 @@ from jax.typing import ArrayLike, DTypeLike
 from jaxtyping import Float, Inexact
 
 from .axes import Axes, check_axis, reduction_axes
-from .checkpoint import name_saved
+from .checkpoint import save_and_widen
 from .dtypes import accumulation_dtype, real_dtype
 from .options import (
     Autodiff,
@@ -110,8 +110,8 @@ def normalize_by(
 ) -> Array:
     """Return y; every vector has the features' shape."""
     closed_form = uses_closed_form(autodiff, x)
-    x = name_saved(x) if closed_form else x
-    x_acc = x.astype(accumulation_dtype(x.dtype, mean.dtype, real_dtype(dtype)))
+    acc_dtype = accumulation_dtype(x.dtype, mean.dtype, real_dtype(dtype))
+    x_acc, x = save_and_widen(x, acc_dtype, closed_form)
     mean, var = (expand_like(v, axis, x) for v in (mean, var))
     return normalize_expanded(
         *(params, mean, var, x_acc, x, epsilon),

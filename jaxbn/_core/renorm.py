@@ -11,7 +11,7 @@ from jax import Array, lax
 from jax.typing import ArrayLike, DTypeLike
 from jaxtyping import Inexact
 
-from .arguments import check_arguments, explain_transformations
+from .arguments import Arguments, check_arguments, explain_transformations
 from .axes import squeeze_features
 from .normalize import inverse_std
 from .options import Autodiff, StaticOptions, check_limit
@@ -60,8 +60,8 @@ def batch_renorm(
     **Raises** `ValueError` for shapes and options, `TypeError` for dtypes and kinds,
     while tracing.
 
-    Differences from Flax and PyTorch: both lack it. Keras 2 had it as `renorm=True`,
-    with running averages of r and d of their own.
+    Differences from Flax and PyTorch: both lack it. Keras has it as `renorm=True`, with
+    running averages of mean and deviation of its own for r and d.
 
     Source: S. Ioffe, "Batch Renormalization: Towards Reducing Minibatch Dependence in
     Batch-Normalized Models", [arXiv:1702.03275](https://arxiv.org/abs/1702.03275),
@@ -75,7 +75,7 @@ def batch_renorm(
     Array([[1., 2.],
            [3., 8.]], dtype=float32)
     """
-    arguments = check_arguments(
+    arguments, options = check_arguments(
         *(params, state, x, train),
         axis=axis,
         momentum=momentum,
@@ -89,33 +89,29 @@ def batch_renorm(
     )
     limits = check_limit("r_max", r_max, 1), check_limit("d_max", d_max, 0)
     if not train:
-        return infer(arguments), state
-    with explain_transformations(arguments.options):
-        return _train(*arguments, *limits)
+        return infer(arguments, options), state
+    with explain_transformations(options):
+        return _train(arguments, options, *limits)
 
 
 @partial(jax.jit, inline=True, static_argnames="options")
 def _train(
-    params: AnyParams,
-    state: BatchNormState,
-    x: Array,
-    mask: Array | None,
-    batch_weight: ArrayLike | None,
-    epsilon: ArrayLike,
+    arguments: Arguments,
     options: StaticOptions,
     r_max: ArrayLike,
     d_max: ArrayLike,
 ) -> tuple[Array, BatchNormState]:
+    params, state, x, mask, batch_weight, epsilon = arguments
     x_acc, x = in_accumulation_dtype(x, state, options)
     mean, var, batch = batch_moments(state, x_acc, x, mask, options)
     mean_used, var_used = (squeeze_features(v, options.axis) for v in (mean, var))
-    r, d = correction(mean_used, var_used, state, epsilon, r_max, d_max)
+    r, d = _correction(mean_used, var_used, state, epsilon, r_max, d_max)
     params = _corrected(params, r, d)
     new_state = update(state, batch, batch_weight, options.unbiased)
     return normalize_batch(params, mean, var, x_acc, x, epsilon, options), new_state
 
 
-def correction(
+def _correction(
     mean: Array,
     var: Array,
     state: BatchNormState,

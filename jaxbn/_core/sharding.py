@@ -11,7 +11,7 @@ from jax import Array, lax
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import PyTree
 
-from .axes import Axes, expand_features, squeeze_features
+from .axes import Axes, expand_features
 
 
 def match_vma(*trees: PyTree[Array]) -> tuple:
@@ -69,8 +69,3 @@ def explicit_shards(x: Array, axis: int) -> int:
 def expand_like(vector: Array, feature_axes: Axes, x: Array) -> Array:
     """Expand the features' shape to x's rank, sharded as `x`."""
     return shard_like(expand_features(vector, feature_axes, x.ndim), x)
-
-
-def squeeze_like(stats: Array, feature_axes: Axes, vector: Array) -> Array:
-    """Undo `expand_like`, sharded as `vector`."""
-    return shard_like(squeeze_features(stats, feature_axes), vector)

@@ -13,7 +13,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Float, Inexact
 
 from .axes import Axes, check_axis, reduction_axes, squeeze_features
-from .checkpoint import name_saved
+from .checkpoint import save_and_widen
 from .dtypes import accumulation_dtype
 from .moments import Moments, moments
 from .options import (
@@ -99,9 +99,9 @@ def _batch_statistics(
     autodiff: Autodiff,
 ) -> BatchStatistics:
     closed_form = uses_closed_form(autodiff, x)
-    x = name_saved(x) if closed_form else x
     batch = moments_of_all(
-        *(x.astype(accumulation_dtype(x.dtype)), x, mask),
+        *save_and_widen(x, accumulation_dtype(x.dtype), closed_form),
+        mask,
         axes=reduction_axes(axis, x.ndim),
         axis_name=axis_name,
         groups=groups,

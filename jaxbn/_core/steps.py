@@ -10,7 +10,7 @@ from jaxtyping import Inexact
 
 from .arguments import Arguments, explain_transformations
 from .axes import reduction_axes
-from .checkpoint import name_saved
+from .checkpoint import save_and_widen
 from .dtypes import accumulation_dtype, real_dtype
 from .moments import Moments
 from .normalize import normalize_by, normalize_expanded
@@ -20,9 +20,9 @@ from .statistics import BatchStatistics, moments_of_all, squeeze_statistics
 from .variables import AnyParams, BatchNormState
 
 
-def infer(arguments: Arguments) -> Array:
+def infer(arguments: Arguments, options: StaticOptions) -> Array:
     """Return y by the running statistics."""
-    params, state, x, _, _, epsilon, options = arguments
+    params, state, x, _, _, epsilon = arguments
     with explain_transformations(options):
         return normalize_by(
             *(params, state.mean, state.var, x, epsilon),
@@ -35,15 +35,9 @@ def infer(arguments: Arguments) -> Array:
 def in_accumulation_dtype(
     x: Array, state: BatchNormState, options: StaticOptions
 ) -> tuple[Array, Array]:
-    """Return x in the accumulation dtype, and x as it is saved.
-
-    The gradient leaves through the first, so that its two parts, from the statistics
-    and from `normalize`, are added before they are rounded to x's dtype. The values
-    come from the second.
-    """
+    """Return x in the dtype of a whole training step, and x as it is saved."""
     dtype = accumulation_dtype(x.dtype, state.mean.dtype, real_dtype(options.dtype))
-    x = name_saved(x) if uses_closed_form(options.autodiff, x) else x
-    return x.astype(dtype), x
+    return save_and_widen(x, dtype, uses_closed_form(options.autodiff, x))
 
 
 def batch_moments(

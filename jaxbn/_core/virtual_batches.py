@@ -10,16 +10,16 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
-from jax.typing import ArrayLike
 
-from .axes import reduction_axes, split_axis
+from .arguments import Arguments
+from .axes import divisors, reduction_axes, split_axis
 from .options import StaticOptions
 from .running import update
 from .sharding import explicit_shards
 from .statistics import BatchStatistics
 from .steps import batch_moments, in_accumulation_dtype, normalize_batch
 from .sync import AxisName, Groups
-from .variables import AnyParams, BatchNormParams, BatchNormState
+from .variables import BatchNormParams, BatchNormState
 from .weights import bessel_correction, divide_by_count
 
 
@@ -44,16 +44,10 @@ def check_virtual_batch_size(size: int | None) -> int | None:
 
 @partial(jax.jit, inline=True, static_argnames=("options", "size"))
 def train_by_virtual_batches(
-    params: AnyParams,
-    state: BatchNormState,
-    x: Array,
-    mask: Array | None,
-    batch_weight: ArrayLike | None,
-    epsilon: ArrayLike,
-    options: StaticOptions,
-    size: int,
+    arguments: Arguments, options: StaticOptions, size: int
 ) -> tuple[Array, BatchNormState]:
     """Train a step; `size` examples along the first reduced axis share statistics."""
+    params, state, x, mask, batch_weight, epsilon = arguments
     shape, axis_name = x.shape, options.axis_name
     batch_axis = _batch_axis(options, x)
     local_size, groups = _place_groups(x.shape[batch_axis], size, options)
@@ -108,7 +102,7 @@ def _place_groups(
     if size % share == 0 and devices % length == 0:
         starts = range(0, devices, length)
         return share, tuple(tuple(range(i, i + length)) for i in starts)
-    fitting = [*_divisors(share), *(share * k for k in _divisors(devices) if k > 1)]
+    fitting = [*divisors(share), *(share * k for k in divisors(devices) if k > 1)]
     raise ValueError(
         f"virtual_batch_size must divide the {share} examples of x"
         + (f" on each of {devices} devices, or hold" * (devices > 1))
@@ -126,10 +120,6 @@ def _check_shards(x: Array, axis: int, size: int) -> None:
             f"got {size}. With a mesh axis of the type Auto, or with axis_name under "
             "shard_map, a group may span several shards."
         )
-
-
-def _divisors(number: int) -> list[int]:
-    return [k for k in range(1, number + 1) if number % k == 0]
 
 
 def _repeat(vector: Array | None, times: int) -> Array | None:

@@ -134,7 +134,6 @@ def renorm_function(r_max: Limit, d_max: Limit, size: int | None) -> Function:
             "BatchRenorm has no virtual_batch_size: its groups would all be corrected "
             f"towards the same statistics; got {size}. Leave it out, or use BatchNorm."
         )
-
     return partial(_batch_renorm, r_max=r_max, d_max=d_max)
 
 
@@ -150,13 +149,13 @@ def _batch_renorm(
 ) -> tuple[Array, BatchNormState]:
     return batch_renorm(
         *(params, state, x, train),
-        r_max=limit_of(r_max, state),
-        d_max=limit_of(d_max, state),
+        r_max=_limit_at_step(r_max, state),
+        d_max=_limit_at_step(d_max, state),
         **options,
     )
 
 
-def limit_of(limit: Limit, state: BatchNormState) -> ArrayLike:
+def _limit_at_step(limit: Limit, state: BatchNormState) -> ArrayLike:
     """Return a limit of batch renorm: a number, or a schedule at the layer's step."""
     return limit(state.count.astype(jnp.int32)) if callable(limit) else limit
 

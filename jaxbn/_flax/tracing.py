@@ -30,39 +30,21 @@ class Recorder:
     layers: dict[str, set[Linear]] = field(default_factory=dict)
     norms: dict[str, set[Norm]] = field(default_factory=dict)
 
-    def call_layer(
+    def call(
         self,
         path: str,
         call: Callable[[Array], Array],
         x: ArrayLike,
         weights: Mapping[str, Array],
-        linear: Linear,
+        description: Linear | Norm,
     ) -> Array:
-        """Call a linear layer, marked."""
-        self.layers.setdefault(path, set()).add(linear)
-        return _call(path, call, x, weights)
-
-    def call_norm(
-        self,
-        path: str,
-        call: Callable[[Array], Array],
-        x: ArrayLike,
-        weights: Mapping[str, Array],
-        norm: Norm,
-    ) -> Array:
-        """Call a batch norm, marked."""
-        self.norms.setdefault(path, set()).add(norm)
-        return _call(path, call, x, weights)
-
-
-def _call(
-    path: str,
-    call: Callable[[Array], Array],
-    x: ArrayLike,
-    weights: Mapping[str, Array],
-) -> Array:
-    mark_weights(weights, path)
-    return mark(call(mark(x, INPUT, path)), OUTPUT, path)
+        """Call a linear layer or a batch norm, marked."""
+        if isinstance(description, Linear):
+            self.layers.setdefault(path, set()).add(description)
+        else:
+            self.norms.setdefault(path, set()).add(description)
+        mark_weights(weights, path)
+        return mark(call(mark(x, INPUT, path)), OUTPUT, path)
 
 
 def describe_norm(layer: Layer, x: ArrayLike, train: bool) -> Norm:

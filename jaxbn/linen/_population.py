@@ -6,7 +6,7 @@ from functools import partial
 
 import jax
 from flax import linen as nn
-from flax.core import FrozenDict, freeze, unfreeze
+from flax.core import unfreeze
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax import Array
 from jax.typing import ArrayLike
@@ -30,7 +30,7 @@ from .._inference.population import Variance, accumulate, check_variance
 from ._batch_norm import BatchNorm, _apply_layer
 from ._bridge import intercept_bridges
 from ._intercept import NextCall, intercept_calls
-from ._tree import Variables, batch_norm_paths, paths_with
+from ._tree import Variables, batch_norm_paths, paths_with, rebuild_like
 
 
 def population(
@@ -100,8 +100,7 @@ def population(
     totals = accumulate(measure, batches, max_batches, progress)
     for name, new in new_statistics(totals, old, variance).items():
         flat |= {(*paths[name], key): value for key, value in new.items()}
-    new_stats = _frozen_like(stats, unflatten_dict(flat))
-    return _frozen_like(variables, {**variables, "batch_stats": new_stats})
+    return rebuild_like({**variables, "batch_stats": unflatten_dict(flat)}, variables)
 
 
 def _statistics(flat: Mapping[Path, Array], path: Path) -> dict[str, Array]:
@@ -111,10 +110,6 @@ def _statistics(flat: Mapping[Path, Array], path: Path) -> dict[str, Array]:
         for name in BatchNormState._fields
         if (*path, name) in flat
     }
-
-
-def _frozen_like(old: Variables, new: dict[str, PyTree]) -> Variables:
-    return freeze(new) if isinstance(old, FrozenDict) else new
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2))

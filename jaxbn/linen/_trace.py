@@ -96,7 +96,7 @@ def _call_layer(
     inputs: ArrayLike,
     **options: PyTree,
 ) -> Array:
-    return recorder.call_layer(
+    return recorder.call(
         _path(layer),
         partial(next_call, **options),
         inputs,
@@ -118,7 +118,7 @@ def _call_norm(
     inference = nn.merge_param(
         "use_running_average", norm.use_running_average, use_running_average
     )
-    return recorder.call_norm(
+    return recorder.call(
         _path(norm),
         partial(next_call, use_running_average=use_running_average, **options),
         x,

@@ -138,7 +138,7 @@ class BatchNorm(nnx.BatchNorm):
             self.autodiff = autodiff
         if virtual_batch_size is not None:
             self.virtual_batch_size = virtual_batch_size
-        if momentum is None:
+        if counts_batches(self):
             self.count = nnx.BatchStat(jnp.zeros((), jnp.float32))
 
     def __call__(

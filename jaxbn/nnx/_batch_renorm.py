@@ -2,10 +2,7 @@
 
 from typing import Any
 
-import jax.numpy as jnp
-from flax import nnx
-
-from .._flax.layer import Function, Limit, counts_batches, renorm_function
+from .._flax.layer import Function, Limit, renorm_function
 from ._batch_norm import BatchNorm
 
 
@@ -51,10 +48,8 @@ class BatchRenorm(BatchNorm):
         d_max: Limit = 5.0,
         **options: Any,  # those of `BatchNorm`
     ):
+        self.r_max, self.d_max = r_max, d_max  # first: a schedule needs a count
         super().__init__(num_features, **options)
-        self.r_max, self.d_max = r_max, d_max
-        if counts_batches(self) and not hasattr(self, "count"):
-            self.count = nnx.BatchStat(jnp.zeros((), jnp.float32))
 
     def _function(self) -> Function:
         return renorm_function(self.r_max, self.d_max, self.virtual_batch_size)

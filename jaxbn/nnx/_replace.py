@@ -61,8 +61,8 @@ def replace_batch_norm(
     kinds = check_also(also)
     replace_layers(model, autodiff, unbiased, kinds)
     replace_bridges(model, autodiff, unbiased, kinds)
-    is_ours = (BatchNorm, ReplacedToNNX)
-    if not any(isinstance(node, is_ours) for _, node in iterate(model)):
+    replaced = (BatchNorm, ReplacedToNNX)
+    if not any(isinstance(node, replaced) for _, node in iterate(model)):
         others = {join(path): kind for path, kind in other_kinds(model).items()}
         warn_not_replaced(type(model).__name__, others, stacklevel=2)
     return model

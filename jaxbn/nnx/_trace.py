@@ -108,7 +108,7 @@ def _recorded_layer(kind: type[nnx.Module]) -> type[nnx.Module]:
         layer: nnx.Module, inputs: ArrayLike, *args: PyTree, **options: PyTree
     ) -> Array:
         place: _Place = getattr(layer, PLACE)
-        return place.recorder.call_layer(
+        return place.recorder.call(
             place.path,
             lambda x: call(layer, x, *args, **options),
             inputs,
@@ -131,7 +131,7 @@ def _recorded_norm(kind: type[nnx.BatchNorm]) -> type[nnx.BatchNorm]:
         inference = use_running_average
         if inference is None:
             inference = check_running_average(norm.use_running_average)
-        return place.recorder.call_norm(
+        return place.recorder.call(
             place.path,
             lambda x: kind.__call__(norm, x, use_running_average, **options),
             x,

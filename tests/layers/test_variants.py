@@ -1,7 +1,6 @@
 """The variants as layers: virtual batches, batch renorm, statistics left alone."""
 
 import re
-from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +23,7 @@ C = 3
 @pytest.fixture(params=APIS)
 def create(request):
     """Return a function that creates a layer with its initial variables."""
-    return partial(APIS[request.param])
+    return APIS[request.param]
 
 
 @pytest.fixture
