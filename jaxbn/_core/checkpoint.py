@@ -6,12 +6,11 @@ import jax
 from jax import Array
 from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
-from jaxtyping import PyTree
 
 NAME = "jaxbn"
 _save_named = jax.checkpoint_policies.save_only_these_names(NAME)
 
-Tree = TypeVar("Tree", bound=PyTree)
+Tree = TypeVar("Tree")  # a pytree of arrays
 
 
 def name_saved(tree: Tree) -> Tree:

@@ -9,12 +9,11 @@ import math
 import jax
 from jax import Array, lax
 from jax.sharding import NamedSharding, PartitionSpec
-from jaxtyping import PyTree
 
 from .axes import Axes, expand_features
 
 
-def match_vma(*trees: PyTree[Array]) -> tuple:
+def match_vma(*trees: object) -> tuple:
     """Mark all arrays as varying over every axis that one of them varies over.
 
     A custom_vjp must return cotangents that vary as its arguments do. With marked
