@@ -71,9 +71,14 @@ class Program:
         """Replace `args`, for example by another program's latest results."""
         self._inputs = jax.tree.leaves(args)
 
+    def start(self) -> list[jax.Array]:
+        """Run once without waiting for the outputs."""
+        self._spent = self._call(self._spent, *self._inputs)
+        return self._spent
+
     def __call__(self) -> None:
         """Run once and wait for the outputs."""
-        self._spent = jax.block_until_ready(self._call(self._spent, *self._inputs))
+        jax.block_until_ready(self.start())
 
     def result(self) -> Any:
         """Return the outputs of the last call, valid until the next call."""

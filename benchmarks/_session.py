@@ -1,5 +1,6 @@
 """State shared by all sections: libraries, randomness, progress."""
 
+import gc
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
@@ -24,7 +25,9 @@ class Session(NamedTuple):
 
     def track(self, cells: Sequence, name: str) -> Iterable:
         """Iterate over `cells` with a progress bar."""
-        return track(cells, f"{name:17}", console=self.console)
+        for cell in track(cells, f"{name:17}", console=self.console):
+            yield cell
+            gc.collect()  # a `Program` refers to itself: its arrays would accumulate
 
     def torch_layouts(self, task: Task) -> list[str]:
         """Return the layouts of PyTorch to run for this task."""

@@ -20,6 +20,7 @@ from benchmarks import (
     _report,
     _task,
     _timing,
+    accelerator,
 )
 from benchmarks.__main__ import parse_arguments
 from benchmarks._shapes import ALL, Shape
@@ -343,3 +344,26 @@ def test_fill_replaces_text_between_marks():
 def test_shapes_have_unique_names_and_16_features():
     assert len({shape.name for shape in ALL}) == len(ALL)
     assert all(shape.dims[shape.axis] >= 16 for shape in ALL)
+
+
+def test_accelerator_times_one_layer_in_every_library(rng, monkeypatch):
+    monkeypatch.setattr(accelerator, "SAMPLE_SECONDS", 0.0)
+    rows = accelerator.time_layer(SMALL, "float32", rng)
+    assert [row["library"] for row in rows] == ["jaxbn", "flax.linen"]
+    assert len({row["floor"] for row in rows}) == 1
+    assert all(0 < row["low"] <= row["median"] <= row["high"] for row in rows)
+
+
+def test_accelerator_writes_milliseconds_and_the_ratio_to_the_floor():
+    case = {"dims": [4, 2], "dtype": "float32", "floor": 2e-3}
+    rows = [
+        case | {"library": name, "median": seconds}
+        for name, seconds in (("jaxbn", 3e-3), ("flax.linen", 4e-3))
+    ]
+    table = accelerator.layer_table(rows, "chip")
+    assert table.header == ["x", "dtype", "jaxbn", "flax.linen"]
+    assert table.rows == [["4x2", "float32", "3 (1.50)", "4 (2.00)"]]
+    step = {"dtype": "float32", "norm": "flax", "kept": "everything"}
+    figures = {"median": 0.0315, "temporary": 5_670_000_000, "loss": 7.25}
+    (row,) = accelerator.step_table([step | figures], "chip").rows
+    assert row == ["float32", "flax", "everything", "31.50", "5.67", "7.2500"]
