@@ -5,14 +5,7 @@ from collections.abc import Collection, Mapping
 from jaxtyping import PyTree
 
 from .._flax.paths import find_name
-from ._keymap import (
-    Arrays,
-    Found,
-    KeyMap,
-    find_layers,
-    list_names,
-    replace_arrays,
-)
+from ._keymap import Arrays, Found, KeyMap, find_layers, list_names, replace_arrays
 from ._layers import (
     Layer,
     as_arrays,
@@ -88,11 +81,11 @@ def write_to_flax(
     norms, target = read_norms(source.norms), find_layers(variables, FLAX)
     targets, new = target.norms | target.others, {}
     for name, path in _match(names, source, target).items():
-        new[path] = (
-            norms[name]
-            if name in norms
-            else (read_weights(source.others[name], targets[path], keymap, name))
-        )
+        if name in norms:
+            new[path] = norms[name]
+        else:
+            weights = source.others[name]
+            new[path] = read_weights(weights, targets[path], keymap, name)
         check_fit(path, new[path], targets[path])
     return replace_arrays(variables, FLAX, new)
 

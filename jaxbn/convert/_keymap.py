@@ -5,7 +5,6 @@ of its own. A `KeyMap` holds both.
 """
 
 from collections.abc import Collection, Iterable, Mapping
-from types import MappingProxyType
 from typing import NamedTuple
 
 import jax
@@ -35,7 +34,7 @@ class KeyMap(NamedTuple):
 
     keys: Names  # of a batch norm
     # Of other layers, by the Flax variable that tells the kind: a `weight` may be each.
-    others: Mapping[str, Names] = MappingProxyType({})
+    others: Mapping[str, Names]
     separator: str = "/"  # between the layer's name and the array's
     collections: tuple[str, ...] = ()  # first keys that are not in the layer's name
     layout: Layout = FEATURES_LAST
