@@ -12,6 +12,7 @@ from ._layers import (
     as_layer,
     check_fit,
     placeholders,
+    read_floating,
     read_norms,
     read_weights,
 )
@@ -101,7 +102,7 @@ def read_from_flax(
             new[name], old = norms[path], target.norms[name]
         else:
             flax, shapes = source.others[path], placeholders(target.others[name])
-            new[name] = read_weights(flax, flax, FLAX, path)
+            new[name] = read_floating(flax, path)
             old = read_weights(shapes, flax, keymap, name)
         check_fit(name, new[name], old)
     return new

@@ -44,18 +44,23 @@ def read_norms(found: Mapping[str, Vectors]) -> dict[str, Arrays]:
 def read_weights(weights: Weights, flax: Vectors, keymap: KeyMap, name: str) -> Arrays:
     """Check another layer and copy it to NumPy, in the names and layout of `flax`.
 
-    The kind of the layer is known from the Flax side. An array that has no place there
-    keeps its name, so that `check_fit` reports it.
+    The kind of the layer is known from the Flax side. An array that this kind does not
+    have gets a name that `check_fit` rejects.
     """
     names = keymap.names_for(flax)
     arrays = {
-        names.get(key, key): _check_floating(value, key, name)
-        for key, value in weights.items()
+        names.get(key, f"unknown {key}"): array
+        for key, array in read_floating(weights, name).items()
     }
     return {
         field: in_flax_layout(a, field, np.shape(flax.get(field, ())), keymap.layout)
         for field, a in arrays.items()
     }
+
+
+def read_floating(weights: Weights, name: str) -> Arrays:
+    """Copy a layer to NumPy, if its arrays are floating."""
+    return {key: _check_floating(value, key, name) for key, value in weights.items()}
 
 
 def placeholders(weights: Weights) -> Arrays:

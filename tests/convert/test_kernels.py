@@ -456,6 +456,17 @@ def test_dense_layer_must_fit_in_every_library(library, flax, shape, rng):
         layer.write(variables, names)
 
 
+def test_layers_of_no_known_kind_are_rejected(rng):
+    weights = {"embed.weight": np.ones((7, 4)), "embed.bias": np.ones(4)}
+    embed = {"embedding": np.ones((7, 4)), "bias": np.ones(4)}
+    variables = {"params": {"Embed_0": embed}}
+    names = {"embed": "Embed_0"}
+    with pytest.raises(ValueError, match=r"'Embed_0' must fit .* 'unknown bias'"):
+        convert.from_torch_tree(weights, names, variables)
+    with pytest.raises(ValueError, match=r"'embed' must fit .* 'unknown bias'"):
+        convert.to_torch_tree(variables, names, weights)
+
+
 def test_integer_kernels_are_rejected_in_both_directions(rng):
     arrays = source(rng)
     quantized = arrays | {"fc.weight": np.ones((5, 6), np.int8)}
