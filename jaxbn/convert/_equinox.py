@@ -1,4 +1,4 @@
-"""Convert equinox's `nn.BatchNorm`, whose statistics are in an `nn.State`.
+"""Convert equinox's models, and `nn.BatchNorm`, with statistics in an `nn.State`.
 
 With mode "ema", equinox keeps the running statistics as jaxbn does. With mode "batch",
 it keeps a hidden mean that starts at 0 and a hidden variance that starts at 1, and
@@ -16,23 +16,31 @@ from jaxtyping import PyTree
 
 from .._core.variables import AnyParams, BatchNormState
 from ._flax import read_from_flax, write_to_flax
+from ._kernels import FEATURES_FIRST
 from ._keymap import (
     AnyArray,
     Arrays,
+    Found,
     KeyMap,
-    Layer,
     Vectors,
     cast_like,
-    check_and_flatten,
     describe,
-    read_layer,
-    read_layers,
+    find_layers,
     replace_arrays,
 )
+from ._layers import Layer, as_arrays, check_fit, read_layer
 from ._momentum import with_hidden
 
 # The statistics are in the state: see `_vectors` and `_state_entries`.
-EQUINOX = KeyMap({"weight": "scale", "bias": "bias"})
+EQUINOX = KeyMap(
+    {"weight": "scale", "bias": "bias"},
+    {
+        "kernel": {"weight": "kernel", "bias": "bias"},
+        "embedding": {"weight": "embedding"},
+        "scale": {"weight": "scale", "bias": "bias"},
+    },
+    layout=FEATURES_FIRST,
+)
 
 
 def from_equinox(layer: PyTree, state: PyTree) -> Layer:
@@ -74,27 +82,29 @@ def to_equinox(
     of 0, because the statistics are debiased by it. If the batches were not counted,
     set the count: `state._replace(count=batches)`.
     """
-    target = _vectors(layer, eqx_state)
-    layers = check_and_flatten({"": (params, state)}, {"": target})
-    return _replace_layers(layer, eqx_state, layers, None)
+    arrays = as_arrays(params, state)
+    check_fit("", arrays, _vectors(layer, eqx_state))
+    return _replace_layers(layer, eqx_state, {"": arrays}, None)
 
 
 def from_equinox_tree(
     model: PyTree, state: PyTree, names: Mapping[str, str], variables: PyTree
 ) -> PyTree:
-    """Copy the batch norm layers of an equinox model to `variables`.
+    """Copy the layers of an equinox model to `variables`.
 
     **Arguments**
 
     - `model`, `state`: as `eqx.nn.make_with_state` returns them.
     - `names`: the path of each `eqx.nn.BatchNorm` in `model`, and its path in
       `variables`: `{"layers/1": "BatchNorm_0"}` for the second layer of an
-      `eqx.nn.Sequential`.
+      `eqx.nn.Sequential`. Convolutions, linear layers, other norms and embeddings are
+      copied if they are named: `{"layers/0": "Conv_0"}`.
     - `variables`: linen variables or an `nnx.State`.
 
     **Returns** a new tree like `variables`; **raises** as listed in `jaxbn.convert`.
     """
-    return write_to_flax(read_layers(_debiased_layers(model, state)), names, variables)
+    source = _find_layers(model, _debiased_layers(model, state))
+    return write_to_flax(source, EQUINOX, names, variables)
 
 
 def to_equinox_tree(
@@ -105,21 +115,27 @@ def to_equinox_tree(
     *,
     count: int | None = None,
 ) -> tuple[PyTree, PyTree]:
-    """Copy the batch norm layers of `variables` to an equinox model.
+    """Copy the layers of `variables` to an equinox model.
 
     The inverse of `from_equinox_tree`, with the same `names`.
 
     **Arguments** besides those of `from_equinox_tree`
 
-    - `count`: the number of batches, for layers that keep no count, as Flax's.
+    - `count`: the number of batches, for batch norms that keep no count, as Flax's.
 
     **Returns** the new `(model, state)`.
 
     **Raises** `ValueError` for a count of 0 too, with mode "batch".
     """
-    targets = {name: _vectors(n, state) for name, n in _batch_norms(model).items()}
-    layers = read_from_flax(variables, names, targets)
+    norms = {name: _vectors(n, state) for name, n in _batch_norms(model).items()}
+    layers = read_from_flax(variables, names, _find_layers(model, norms), EQUINOX)
     return _replace_layers(model, state, layers, count)
+
+
+def _find_layers(model: PyTree, norms: dict[str, Vectors]) -> Found:
+    """Return all layers; the batch norms are known by their type."""
+    others = find_layers(model, EQUINOX).others
+    return Found(norms, {name: others[name] for name in others if name not in norms})
 
 
 def _batch_norms(model: PyTree) -> dict[str, PyTree]:

@@ -5,20 +5,25 @@ from collections.abc import Collection, Mapping
 from jaxtyping import PyTree
 
 from .._flax.paths import find_name
-from ._keymap import (
-    Arrays,
-    KeyMap,
+from ._keymap import Arrays, Found, KeyMap, find_layers, list_names, replace_arrays
+from ._layers import (
     Layer,
-    Vectors,
-    check_and_flatten,
-    find_layers,
-    list_names,
-    read_layers,
-    replace_arrays,
+    as_arrays,
+    as_layer,
+    check_fit,
+    placeholders,
+    read_floating,
+    read_norms,
+    read_weights,
 )
 
 FLAX = KeyMap(
     {name: name for name in ("scale", "bias", "mean", "var", "count")},
+    {
+        "kernel": {"kernel": "kernel", "bias": "bias"},
+        "embedding": {"embedding": "embedding"},
+        "scale": {"scale": "scale", "bias": "bias"},
+    },
     collections=("params", "batch_stats"),
 )
 
@@ -41,7 +46,8 @@ def layers_of(variables: PyTree) -> dict[str, Layer]:
                     var=Array([1., 1.], dtype=float32),
                     count=Array(0., dtype=float32)))
     """
-    return read_layers(find_layers(variables, FLAX))
+    norms = read_norms(find_layers(variables, FLAX).norms)
+    return {path: as_layer(arrays) for path, arrays in norms.items()}
 
 
 def replace_layers(variables: PyTree, layers: Mapping[str, Layer]) -> PyTree:
@@ -59,41 +65,63 @@ def replace_layers(variables: PyTree, layers: Mapping[str, Layer]) -> PyTree:
     **Raises** `ValueError` for a path that is not in `variables`, for two paths of one
     layer, and for a layer that does not fit.
     """
-    targets = find_layers(variables, FLAX)
+    targets = find_layers(variables, FLAX).norms
     paths = {path: find_name(path, targets) for path in layers}
     _check_once("layers", paths)
     _check_known(paths.values(), targets)
-    new = {paths[path]: layer for path, layer in layers.items()}
-    return replace_arrays(variables, FLAX, check_and_flatten(new, targets))
+    new = {paths[path]: as_arrays(*layer) for path, layer in layers.items()}
+    for path, arrays in new.items():
+        check_fit(path, arrays, targets[path])
+    return replace_arrays(variables, FLAX, new)
 
 
 def write_to_flax(
-    layers: Mapping[str, Layer], names: Mapping[str, str], variables: PyTree
+    source: Found, keymap: KeyMap, names: Mapping[str, str], variables: PyTree
 ) -> PyTree:
-    """Return `variables` with all of a library's layers, by the map of names."""
-    paths = _check_names(names, layers, find_layers(variables, FLAX))
-    new = {path: layers[name] for name, path in paths.items()}
-    return replace_layers(variables, new)
+    """Return `variables` with a library's layers, by the map of names."""
+    norms, target = read_norms(source.norms), find_layers(variables, FLAX)
+    targets, new = target.norms | target.others, {}
+    for name, path in _match(names, source, target).items():
+        if name in norms:
+            new[path] = norms[name]
+        else:
+            weights = source.others[name]
+            new[path] = read_weights(weights, targets[path], keymap, name)
+        check_fit(path, new[path], targets[path])
+    return replace_arrays(variables, FLAX, new)
 
 
 def read_from_flax(
-    variables: PyTree, names: Mapping[str, str], targets: Mapping[str, Vectors]
+    variables: PyTree, names: Mapping[str, str], target: Found, keymap: KeyMap
 ) -> dict[str, Arrays]:
-    """Return the arrays for all of a library's layers, by the same map."""
-    layers = layers_of(variables)
-    paths = _check_names(names, targets, layers)
-    new = {name: layers[path] for name, path in paths.items()}
-    return check_and_flatten(new, targets)
+    """Return the arrays for a library's layers, by the same map."""
+    source = find_layers(variables, FLAX)
+    norms, new = read_norms(source.norms), {}
+    for name, path in _match(names, target, source).items():
+        if path in norms:
+            new[name], old = norms[path], target.norms[name]
+        else:
+            flax, shapes = source.others[path], placeholders(target.others[name])
+            new[name] = read_floating(flax, path)
+            old = read_weights(shapes, flax, keymap, name)
+        check_fit(name, new[name], old)
+    return new
 
 
-def _check_names(
-    names: Mapping[str, str], library: Collection[str], variables: Collection[str]
-) -> dict[str, str]:
-    """Return `names` with existing paths, if it maps each layer of both sides once."""
-    paths = {name: find_name(path, variables) for name, path in names.items()}
+def _match(names: Mapping[str, str], library: Found, flax: Found) -> dict[str, str]:
+    """Return `names` with existing paths, if it maps layers to layers of their kind.
+
+    It maps each batch norm of both sides once, and other layers at most once.
+    """
+    paths = {
+        name: find_name(path, flax.others if name in library.others else flax.norms)
+        for name, path in names.items()
+    }
     _check_once("names", paths)
-    _check_side("the other library's model", "keys", paths.keys(), library)
-    _check_side("our variables", "values", paths.values(), variables)
+    norms = {n: path for n, path in paths.items() if n not in library.others}
+    _check_others({n: paths[n] for n in paths if n not in norms}, flax)
+    _check_side("the other library's model", "keys", norms, library)
+    _check_side("our variables", "values", norms.values(), flax)
     return paths
 
 
@@ -110,22 +138,32 @@ def _check_once(argument: str, paths: Mapping[str, str]) -> None:
         )
 
 
-def _check_side(
-    side: str, part: str, given: Collection[str], existing: Collection[str]
-) -> None:
-    """Check that the keys or the values of `names` are all layers of one side."""
-    given, existing = set(given), set(existing)
+def _check_side(side: str, part: str, given: Collection[str], found: Found) -> None:
+    """Check that the keys or the values of `names` give all batch norms of one side."""
+    given, existing = set(given), set(found.norms)
     if unknown := given - existing:
         raise ValueError(
             f"the {part} of names must be batch norm layers of {side}; got "
             f"{list_names(unknown)}, and there are {list_names(existing)}. Correct the "
-            "map."
+            "map. Layers of other kinds are mapped to layers of their kind; there are "
+            f"{list_names(found.others)}."
         )
     if missed := existing - given:
         raise ValueError(
             f"names must map every batch norm layer; its {part} leave out "
             f"{list_names(missed)} of {side}. Add it to the map, or remove it from "
             "the tree that you pass."
+        )
+
+
+def _check_others(paths: Mapping[str, str], flax: Found) -> None:
+    """Check that layers of other kinds are mapped to layers of other kinds."""
+    unknown = {name: path for name, path in paths.items() if path not in flax.others}
+    if unknown:
+        raise ValueError(
+            "a layer that is not a batch norm must be mapped to another such layer of "
+            f"our variables; got {unknown}, and there are {list_names(flax.others)}. "
+            "Correct the map."
         )
 
 

@@ -1,4 +1,4 @@
-"""Convert dm-haiku's `BatchNorm`.
+"""Convert dm-haiku's `BatchNorm`, and the parameters of models.
 
 haiku keeps each running statistic twice: `hidden`, which starts at 0, and `average`,
 which is debiased as in Adam and used at inference:
@@ -15,20 +15,18 @@ from jaxtyping import PyTree
 from .._core.axes import check_axis, expand_features
 from .._core.variables import AnyParams, BatchNormState
 from ._flax import read_from_flax, write_to_flax
+from ._kernels import is_vector
 from ._keymap import (
     AnyArray,
     Arrays,
+    Found,
     KeyMap,
-    Layer,
     Vectors,
-    as_arrays,
     describe,
     find_layers,
-    read_layer,
-    read_layers,
-    rename,
     replace_arrays,
 )
+from ._layers import VECTORS, Layer, as_arrays, read_layer
 from ._momentum import with_hidden
 
 Dicts = Mapping[str, PyTree]  # haiku's Params and State
@@ -44,6 +42,11 @@ HAIKU = KeyMap(
         "~/mean_ema/hidden": "hidden_mean",
         "~/var_ema/hidden": "hidden_var",
         "~/var_ema/counter": "counter",  # equal to `count`
+    },
+    {
+        "kernel": {"w": "kernel", "b": "bias"},
+        "embedding": {"embeddings": "embedding"},
+        "scale": {"scale": "scale", "offset": "bias"},
     },
     collections=("0", "1"),  # of the pair (params, state)
 )
@@ -69,7 +72,7 @@ def from_haiku(params: Dicts, state: Dicts) -> Layer:
 
     **Raises** `ValueError` and `TypeError` as listed in `jaxbn.convert`.
     """
-    return read_layer(_find_layers(params, state), HAIKU)
+    return read_layer(_find_layers(params, state).norms, HAIKU)
 
 
 def to_haiku(
@@ -96,7 +99,7 @@ def to_haiku(
     If the batches were not counted, set the count: `state._replace(count=batches)`.
     """
     arrays = with_hidden(as_arrays(params, state), decay, None, "")
-    flat = rename(_expand(arrays, ndim, axis), HAIKU)
+    flat = HAIKU.to_library(_expand(arrays, ndim, axis))
     return (
         {key: array for key, array in flat.items() if "/" not in key},
         {
@@ -109,18 +112,19 @@ def to_haiku(
 def from_haiku_tree(
     params: Dicts, state: Dicts, names: Mapping[str, str], variables: PyTree
 ) -> PyTree:
-    """Copy the batch norm layers of a haiku model to `variables`.
+    """Copy the layers of a haiku model to `variables`.
 
     **Arguments**
 
     - `params`, `state`: the model's. A layer with a `~/mean_ema` is a batch norm.
     - `names`: haiku's name of each such layer, and its path in `variables`:
-      `{"res_net/~/batch_norm": "BatchNorm_0"}`.
+      `{"res_net/~/batch_norm": "BatchNorm_0"}`. Convolutions, linear layers, other
+      norms and embeddings are copied if they are named: `{"linear": "Dense_0"}`.
     - `variables`: linen variables or an `nnx.State`.
 
     **Returns** a new tree like `variables`; **raises** as listed in `jaxbn.convert`.
     """
-    return write_to_flax(read_layers(_find_layers(params, state)), names, variables)
+    return write_to_flax(_find_layers(params, state), HAIKU, names, variables)
 
 
 def to_haiku_tree(
@@ -132,30 +136,39 @@ def to_haiku_tree(
     decay: float,
     count: int | None = None,
 ) -> tuple[Dicts, Dicts]:
-    """Copy the batch norm layers of `variables` to a haiku model.
+    """Copy the layers of `variables` to a haiku model.
 
     The inverse of `from_haiku_tree`, with the same `names`.
 
     **Arguments** besides those of `from_haiku_tree`
 
-    - `decay`: the layers' `decay_rate`.
-    - `count`: the number of batches, for layers that keep no count, as Flax's.
+    - `decay`: the batch norms' `decay_rate`.
+    - `count`: the number of batches, for batch norms that keep no count, as Flax's.
 
     **Returns** the new `(params, state)`.
 
     **Raises** `ValueError` for a count of 0 too.
     """
-    layers = read_from_flax(variables, names, _find_layers(params, state))
-    layers = {n: with_hidden(arrays, decay, count, n) for n, arrays in layers.items()}
+    target = _find_layers(params, state)
+    layers = read_from_flax(variables, names, target, HAIKU)
+    for name in target.norms:
+        layers[name] = with_hidden(layers[name], decay, count, name)
     return replace_arrays((params, state), HAIKU, layers)
 
 
-def _find_layers(params: Dicts, state: Dicts) -> dict[str, Vectors]:
-    """Return the arrays of each batch norm layer, of shape (C,)."""
+def _find_layers(params: Dicts, state: Dicts) -> Found:
+    """Return all layers, the arrays of batch norms in the shape (C,)."""
     found = find_layers((params, state), HAIKU)
+    norms = {name: _squeeze_all(layer, name) for name, layer in found.norms.items()}
+    return found._replace(norms=norms)
+
+
+def _squeeze_all(layer: Vectors, name: str) -> Vectors:
+    """Return the arrays that jaxbn has too, with one axis."""
     return {
-        name: {field: _squeeze(value, field, name) for field, value in layer.items()}
-        for name, layer in found.items()
+        field: _squeeze(layer[field], field, name)
+        for field in (*VECTORS, "count")
+        if field in layer
     }
 
 
@@ -171,7 +184,7 @@ def _expand(arrays: Arrays, ndim: int, axis: int) -> Arrays:
 def _squeeze(value: AnyArray, field: str, name: str) -> AnyArray:
     """Return a vector with one axis: (1, 1, 1, C) becomes (C,)."""
     shape = np.shape(value)
-    if sum(length > 1 for length in shape) > 1:
+    if not is_vector(shape):
         raise ValueError(
             f"{field} of {describe(name)} must have one axis, the features', and other "
             f"axes of length 1; got shape {shape}. Convert layers with several feature "

@@ -1,4 +1,4 @@
-"""Convert Keras 3's `BatchNormalization`."""
+"""Convert Keras 3's `BatchNormalization`, and the weights of models."""
 
 from collections.abc import Mapping, Sequence
 
@@ -7,18 +7,9 @@ from jaxtyping import PyTree
 
 from .._core.variables import AnyParams, BatchNormState
 from ._flax import read_from_flax, write_to_flax
-from ._keymap import (
-    AnyArray,
-    KeyMap,
-    Layer,
-    as_arrays,
-    find_layers,
-    list_names,
-    read_layer,
-    read_layers,
-    rename,
-    replace_arrays,
-)
+from ._kernels import MULTIPLIER_APART
+from ._keymap import AnyArray, KeyMap, find_layers, list_names, replace_arrays
+from ._layers import Layer, as_arrays, read_layer
 
 KERAS = KeyMap(
     {
@@ -26,7 +17,13 @@ KERAS = KeyMap(
         "beta": "bias",
         "moving_mean": "mean",
         "moving_variance": "var",
-    }
+    },
+    {
+        "kernel": {"kernel": "kernel", "bias": "bias"},
+        "embedding": {"embeddings": "embedding"},
+        "scale": {"gamma": "scale", "beta": "bias"},
+    },
+    layout=MULTIPLIER_APART,
 )
 
 
@@ -64,7 +61,7 @@ def from_keras(
         keys = [key for key in KERAS.keys if present.get(key, True)]
         _check_length(weights, keys)
         weights = dict(zip(keys, weights, strict=True))
-    return read_layer(find_layers(dict(weights), KERAS), KERAS)
+    return read_layer(find_layers(dict(weights), KERAS).norms, KERAS)
 
 
 def to_keras(params: AnyParams, state: BatchNormState) -> dict[str, np.ndarray]:
@@ -73,38 +70,40 @@ def to_keras(params: AnyParams, state: BatchNormState) -> dict[str, np.ndarray]:
     The inverse of `from_keras`, without the count. Load it with
     `layer.set_weights(list(arrays.values()))`.
     """
-    return rename(as_arrays(params, state), KERAS)
+    return KERAS.to_library(as_arrays(params, state))
 
 
 def from_keras_tree(
     weights: Mapping[str, AnyArray], names: Mapping[str, str], variables: PyTree
 ) -> PyTree:
-    """Copy the batch norm layers of a Keras model to `variables`.
+    """Copy the layers of a Keras model to `variables`.
 
     **Arguments**
 
     - `weights`: `{w.path: w for w in model.weights}`. A layer with a `moving_mean` is a
       batch norm.
     - `names`: Keras's path of each such layer, and its path in `variables`:
-      `{"sequential/batch_normalization": "BatchNorm_0"}`.
+      `{"sequential/batch_normalization": "BatchNorm_0"}`. Convolutions, dense layers,
+      other norms and embeddings are copied if they are named:
+      `{"sequential/dense": "Dense_0"}`.
     - `variables`: linen variables or an `nnx.State`.
 
     **Returns** a new tree like `variables`; **raises** as listed in `jaxbn.convert`.
     """
-    layers = read_layers(find_layers(dict(weights), KERAS))
-    return write_to_flax(layers, names, variables)
+    source = find_layers(dict(weights), KERAS)
+    return write_to_flax(source, KERAS, names, variables)
 
 
 def to_keras_tree(
     variables: PyTree, names: Mapping[str, str], weights: Mapping[str, AnyArray]
 ) -> dict[str, AnyArray]:
-    """Copy the batch norm layers of `variables` to a Keras model's weights.
+    """Copy the layers of `variables` to a Keras model's weights.
 
     The inverse of `from_keras_tree`, with the same `names`. Load the result with
     `for w in model.weights: w.assign(new[w.path])`.
     """
     old = dict(weights)
-    new = read_from_flax(variables, names, find_layers(old, KERAS))
+    new = read_from_flax(variables, names, find_layers(old, KERAS), KERAS)
     return replace_arrays(old, KERAS, new)
 
 

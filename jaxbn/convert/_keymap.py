@@ -1,10 +1,10 @@
-"""Find, read and replace the batch norm layers in a tree of arrays.
+"""Find and replace layers in a tree of arrays, by a library's names of the variables.
 
-Each library keeps the same vectors under names of its own. A `KeyMap` holds the names;
-the functions here read and write layers by it.
+Each library keeps the same arrays under names of its own, and its kernels in a layout
+of its own. A `KeyMap` holds both.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import NamedTuple
 
 import jax
@@ -13,31 +13,58 @@ import numpy as np
 from jax.tree_util import GetAttrKey, KeyPath, keystr
 from jaxtyping import PyTree
 
-from .._core.dtypes import accumulation_dtype
-from .._core.variables import AnyParams, BatchNormParams, BatchNormState
+from ._kernels import FEATURES_LAST, Layout, in_library_layout
 
 AnyArray = PyTree  # a leaf: an array of NumPy, JAX, PyTorch or Keras
-Layer = tuple[AnyParams, BatchNormState]
-Vectors = dict[str, AnyArray]  # a layer's arrays, by jaxbn's names
-Arrays = dict[str, np.ndarray]  # the same, in NumPy
+Vectors = dict[str, AnyArray]  # a batch norm's arrays, by jaxbn's names
+Weights = dict[str, AnyArray]  # another layer's arrays, by the library's names
+Arrays = dict[str, np.ndarray]  # a layer's arrays in NumPy, by Flax's names
+Names = Mapping[str, str]  # the library's name of a variable -> Flax's
 
-VECTORS = ("scale", "bias", "mean", "var")
+
+class Found(NamedTuple):
+    """Hold the layers of a model, by name."""
+
+    norms: dict[str, Vectors]  # batch norms with running statistics
+    others: dict[str, Weights]
 
 
 class KeyMap(NamedTuple):
-    """Hold a library's names of a layer's arrays."""
+    """Hold a library's names of a layer's arrays, and the layout of its kernels."""
 
-    keys: Mapping[str, str]  # the library's name -> jaxbn's name
+    keys: Names  # of a batch norm
+    # Of other layers, by the Flax variable that tells the kind: a `weight` may be each.
+    others: Mapping[str, Names]
     separator: str = "/"  # between the layer's name and the array's
     collections: tuple[str, ...] = ()  # first keys that are not in the layer's name
+    layout: Layout = FEATURES_LAST
+
+    def weight_keys(self) -> set[str]:
+        """Return the library's names of the arrays of other layers."""
+        return {key for names in self.others.values() for key in names}
+
+    def names_for(self, fields: Collection[str]) -> Names:
+        """Return the names in a layer whose Flax variables are `fields`."""
+        if "mean" in fields:
+            return self.keys
+        kinds = [kind for kind in self.others if kind in fields]
+        return self.others[kinds[0] if kinds else "scale"]
+
+    def to_library(self, arrays: Arrays) -> Arrays:
+        """Return a layer's arrays by the library's names, in its order and layout."""
+        return {
+            key: in_library_layout(arrays[field], field, self.layout)
+            for key, field in self.names_for(arrays).items()
+            if field in arrays
+        }
 
     def split(self, path: KeyPath) -> tuple[str, str | None]:
-        """Return a leaf's layer and jaxbn's name of the leaf, if it has one."""
+        """Return a leaf's layer and the library's name of the leaf, if it has one."""
         whole = self.separator + self._join(path)
-        for key, field in self.keys.items():
+        for key in self.keys.keys() | self.weight_keys():
             layer = whole.removesuffix(self.separator + key)
             if layer != whole:
-                return layer.removeprefix(self.separator), field
+                return layer.removeprefix(self.separator), key
         return whole, None
 
     def _join(self, path: KeyPath) -> str:
@@ -49,81 +76,39 @@ class KeyMap(NamedTuple):
         return self.separator.join(names)
 
 
-def find_layers(tree: PyTree, keymap: KeyMap) -> dict[str, Vectors]:
-    """Return the arrays of each batch norm layer in `tree`, by the layer's name.
+def find_layers(tree: PyTree, keymap: KeyMap) -> Found:
+    """Return the batch norm layers and the other layers with weights in `tree`.
 
     A layer is a batch norm if it has a running mean or a running variance. The arrays
     are not checked.
     """
-    found: dict[str, Vectors] = {}
+    layers: dict[str, Weights] = {}
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
-        name, field = keymap.split(path)
-        if field is not None:
-            found.setdefault(name, {})[field] = leaf
-    return {name: v for name, v in found.items() if {"mean", "var"} & v.keys()}
-
-
-def read_layers(found: Mapping[str, Vectors]) -> dict[str, Layer]:
-    """Check the layers and copy them to JAX."""
-    return {name: as_layer(vectors, name) for name, vectors in found.items()}
-
-
-def read_layer(found: Mapping[str, Vectors], keymap: KeyMap) -> Layer:
-    """Check the only layer and copy it to JAX."""
-    if len(found) != 1:
-        raise ValueError(
-            "there must be one batch norm layer, with arrays named "
-            f"{list_names(keymap.keys)}; got {len(found)}: {list_names(found)}. "
-            "For a whole model use the function that ends in _tree. A layer without "
-            "running statistics (track_running_stats=False) has no state to convert: "
-            "start from jaxbn.init, and always pass train=True."
-        )
-    (layer,) = read_layers(found).values()
-    return layer
+        name, key = keymap.split(path)
+        if key is not None:
+            layers.setdefault(name, {})[key] = leaf
+    named = {name: _translate(layer, keymap.keys) for name, layer in layers.items()}
+    norms = {name: v for name, v in named.items() if {"mean", "var"} & v.keys()}
+    others = {
+        name: weights
+        for name, layer in layers.items()
+        if name not in norms and (weights := _pick(layer, keymap.weight_keys()))
+    }
+    return Found(norms, others)
 
 
 def replace_arrays(
     tree: PyTree, keymap: KeyMap, layers: Mapping[str, Arrays]
 ) -> PyTree:
     """Return `tree` with the arrays of these layers replaced."""
+    new_layers = {name: keymap.to_library(arrays) for name, arrays in layers.items()}
 
     def new(path: KeyPath, leaf: AnyArray) -> AnyArray:
-        name, field = keymap.split(path)
-        arrays = layers.get(name, {})
-        return cast_like(leaf, arrays[field]) if field in arrays else leaf
+        name, key = keymap.split(path)
+        arrays = new_layers.get(name, {})
+        return cast_like(leaf, arrays[key]) if key in arrays else leaf
 
     return jax.tree_util.tree_map_with_path(new, tree)
-
-
-def check_and_flatten(
-    layers: Mapping[str, Layer], targets: Mapping[str, Vectors]
-) -> dict[str, Arrays]:
-    """Return the arrays of the layers, if each layer fits its target."""
-    flat = {name: as_arrays(*layer) for name, layer in layers.items()}
-    for name in layers:
-        _check_fit(name, flat[name], targets[name])
-    return flat
-
-
-def as_layer(vectors: Vectors, name: str) -> Layer:
-    """Copy a layer to JAX, statistics in float32 or wider."""
-    arrays = _check_arrays(vectors, name)
-    params = (jnp.array(arrays[f]) if f in arrays else None for f in ("scale", "bias"))
-    mean, var = (jnp.array(arrays[f]) for f in ("mean", "var"))
-    mean, var = (a.astype(accumulation_dtype(a.dtype)) for a in (mean, var))
-    count = jnp.array(arrays.get("count", 0), jnp.float32)
-    return BatchNormParams(*params), BatchNormState(mean, var, count)
-
-
-def as_arrays(params: AnyParams, state: BatchNormState) -> Arrays:
-    """Copy a layer to NumPy, without `None`."""
-    fields = params._asdict() | state._asdict()
-    return {name: np.array(a) for name, a in fields.items() if a is not None}
-
-
-def rename(arrays: Arrays, keymap: KeyMap) -> Arrays:
-    """Return a layer's arrays by the library's names, in the library's order."""
-    return {key: arrays[f] for key, f in keymap.keys.items() if f in arrays}
 
 
 def cast_like(old: AnyArray, new: np.ndarray) -> AnyArray:
@@ -131,87 +116,7 @@ def cast_like(old: AnyArray, new: np.ndarray) -> AnyArray:
     if hasattr(old, "new_tensor"):  # PyTorch: keeps the device, cannot read bfloat16
         return old.new_tensor(np.asarray(new, np.float64))
     make = jnp.array if isinstance(old, jax.Array | jax.ShapeDtypeStruct) else np.array
-    return make(new.reshape(old.shape), old.dtype)
-
-
-def _check_arrays(vectors: Vectors, name: str) -> Arrays:
-    """Return a layer's arrays in NumPy, if they are valid together."""
-    _check_complete(vectors, name)
-    arrays = {
-        field: _check_floating(vectors[field], field, name)
-        for field in VECTORS
-        if field in vectors
-    }
-    _check_one_shape(arrays, name)
-    _check_var(arrays["var"], name)
-    if "count" in vectors:
-        arrays["count"] = np.asarray(vectors["count"])
-    return arrays
-
-
-def _check_complete(vectors: Vectors, name: str) -> None:
-    """Check that a layer has both running statistics."""
-    missing = {"mean", "var"} - vectors.keys()
-    if missing:
-        raise ValueError(
-            f"{describe(name)} must have a running mean and a running variance; got no "
-            f"{' and no '.join(missing)}. Is the checkpoint complete?"
-        )
-
-
-def _check_floating(value: AnyArray, field: str, name: str) -> np.ndarray:
-    """Return `value` as a floating array."""
-    try:
-        array = np.asarray(value)
-    except (TypeError, RuntimeError) as error:  # PyTorch: bfloat16, cuda, grad
-        reason = str(error).rstrip(".")
-        raise TypeError(
-            f"{field} of {describe(name)} must be readable as a NumPy array; got "
-            f"{type(value).__name__}: {reason}. For a PyTorch tensor pass "
-            ".detach().float().cpu()."
-        ) from error
-    if not jnp.issubdtype(array.dtype, jnp.floating):
-        raise TypeError(
-            f"{field} of {describe(name)} must be floating; got {array.dtype}. "
-            "Cast it first, for instance with .astype('float32')."
-        )
-    return array
-
-
-def _check_one_shape(arrays: Arrays, name: str) -> None:
-    """Check that all arrays of a layer have the features' shape."""
-    shapes = {field: array.shape for field, array in arrays.items()}
-    if len(set(shapes.values())) > 1:
-        raise ValueError(
-            f"the vectors of {describe(name)} must have one shape, the features'; got "
-            f"{shapes}. Are they all from the same layer?"
-        )
-
-
-def _check_var(var: np.ndarray, name: str) -> None:
-    """Check that a running variance is not negative or NaN."""
-    bad = np.argwhere(~(var >= 0))  # NaN is not >= 0
-    if bad.size:
-        first = tuple(bad[0].tolist())
-        raise ValueError(
-            f"var of {describe(name)} must not be negative or NaN; got {var[first]} at "
-            f"{first}, and {len(bad)} such of {var.size}. The checkpoint is broken, or "
-            "this is not a variance: use another, or recompute the statistics."
-        )
-
-
-def _check_fit(name: str, arrays: Arrays, target: Vectors) -> None:
-    """Check that a layer has the arrays of its target, in the same shapes."""
-    new, old = (
-        {field: np.shape(side[field]) for field in VECTORS if field in side}
-        for side in (arrays, target)
-    )
-    if new != old:
-        raise ValueError(
-            f"{describe(name)} must fit its target, with the same features and scale "
-            f"and bias on both sides or on none; got {new} for {old}. Correct the map, "
-            "or build the target with the source's options."
-        )
+    return make(np.ascontiguousarray(new).reshape(old.shape), old.dtype)
 
 
 def describe(name: str) -> str:
@@ -224,3 +129,13 @@ def list_names(names: Iterable[str], most: int = 8) -> str:
     names = sorted(names)
     listed = ", ".join(map(repr, names[:most])) or "none"
     return f"{listed} and {len(names) - most} more" if len(names) > most else listed
+
+
+def _translate(layer: Weights, names: Names) -> Vectors:
+    """Return the arrays that have a name in Flax, by that name."""
+    return {names[key]: leaf for key, leaf in layer.items() if key in names}
+
+
+def _pick(layer: Weights, keys: Collection[str]) -> Weights:
+    """Return the arrays with these names."""
+    return {key: leaf for key, leaf in layer.items() if key in keys}

@@ -1,4 +1,4 @@
-"""Convert the `state_dict` of PyTorch's batch norms, `SyncBatchNorm` included."""
+"""Convert PyTorch's `state_dict`, of batch norms (`SyncBatchNorm` too) and models."""
 
 from collections.abc import Mapping
 from typing import TypeVar
@@ -8,17 +8,9 @@ from jaxtyping import PyTree
 
 from .._core.variables import AnyParams, BatchNormState
 from ._flax import read_from_flax, write_to_flax
-from ._keymap import (
-    AnyArray,
-    KeyMap,
-    Layer,
-    as_arrays,
-    find_layers,
-    read_layer,
-    read_layers,
-    rename,
-    replace_arrays,
-)
+from ._kernels import FEATURES_FIRST
+from ._keymap import AnyArray, KeyMap, find_layers, replace_arrays
+from ._layers import Layer, as_arrays, read_layer
 
 ArrayT = TypeVar("ArrayT")
 
@@ -30,7 +22,13 @@ TORCH = KeyMap(
         "running_var": "var",
         "num_batches_tracked": "count",
     },
+    {
+        "kernel": {"weight": "kernel", "bias": "bias"},
+        "embedding": {"weight": "embedding"},
+        "scale": {"weight": "scale", "bias": "bias"},
+    },
     separator=".",
+    layout=FEATURES_FIRST,
 )
 
 
@@ -57,7 +55,7 @@ def from_torch(state_dict: Mapping[str, AnyArray]) -> Layer:
     >>> params, state.count
     (BatchNormParams(scale=None, bias=None), Array(7., dtype=float32))
     """
-    return read_layer(find_layers(dict(state_dict), TORCH), TORCH)
+    return read_layer(find_layers(dict(state_dict), TORCH).norms, TORCH)
 
 
 def to_torch(params: AnyParams, state: BatchNormState) -> dict[str, np.ndarray]:
@@ -68,36 +66,37 @@ def to_torch(params: AnyParams, state: BatchNormState) -> dict[str, np.ndarray]:
     """
     arrays = as_arrays(params, state)
     arrays["count"] = arrays["count"].astype("int64")
-    return rename(arrays, TORCH)
+    return TORCH.to_library(arrays)
 
 
 def from_torch_tree(
     state_dict: Mapping[str, AnyArray], names: Mapping[str, str], variables: PyTree
 ) -> PyTree:
-    """Copy the batch norm layers of a PyTorch model to `variables`.
+    """Copy the layers of a PyTorch model to `variables`.
 
     **Arguments**
 
     - `state_dict`: `model.state_dict()`. A layer with a `running_mean` is a batch norm.
     - `names`: PyTorch's name of each such layer, and its path in `variables`:
-      `{"layer1.0.bn1": "Block_0/BatchNorm_0"}`.
+      `{"layer1.0.bn1": "Block_0/BatchNorm_0"}`. Convolutions, linear layers, other
+      norms and embeddings are copied if they are named: `{"fc": "Dense_0"}`.
     - `variables`: linen variables or an `nnx.State`.
 
     **Returns** a new tree like `variables`; **raises** as listed in `jaxbn.convert`.
     """
-    layers = read_layers(find_layers(dict(state_dict), TORCH))
-    return write_to_flax(layers, names, variables)
+    source = find_layers(dict(state_dict), TORCH)
+    return write_to_flax(source, TORCH, names, variables)
 
 
 def to_torch_tree(
     variables: PyTree, names: Mapping[str, str], state_dict: Mapping[str, ArrayT]
 ) -> dict[str, ArrayT]:
-    """Copy the batch norm layers of `variables` to a PyTorch model's `state_dict`.
+    """Copy the layers of `variables` to a PyTorch model's `state_dict`.
 
     The inverse of `from_torch_tree`, with the same `names`. Load the result with
     `model.load_state_dict(to_torch_tree(variables, names, model.state_dict()))`. The
-    count of layers that keep none, as Flax's, is 0; only `momentum=None` uses it.
+    count of batch norms that keep none, as Flax's, is 0; only `momentum=None` uses it.
     """
     old = dict(state_dict)
-    new = read_from_flax(variables, names, find_layers(old, TORCH))
+    new = read_from_flax(variables, names, find_layers(old, TORCH), TORCH)
     return replace_arrays(old, TORCH, new)
