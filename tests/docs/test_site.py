@@ -97,6 +97,15 @@ def test_search_finds_multi_device_training_by_pytorchs_name(found):
     assert "many_devices.html" in pages[:3], pages
 
 
+@pytest.mark.parametrize("module", ["linen", "nnx"])
+def test_reference_of_a_layer_starts_with_its_options(site, module):
+    page = (site / f"api/{module}.html").read_text()
+    text = html.unescape(re.sub(r"<[^>]*>", "", page[page.index("<article") :]))
+    table, signature = text.index("share of the old"), text.index("BatchNorm(\n")
+    assert table < signature < text.index("Normalize as")
+    assert "virtual_batch_size" in text[signature : text.index("Normalize as")]
+
+
 def test_gallery_has_the_code_of_every_example(site):
     page = (site / "examples.html").read_text()
     block = r'<details class="example">\s*<summary>(.*?)</summary>(.*?)</details>'
