@@ -4,7 +4,6 @@ They are read from where GitHub shows them, so that nothing is copied: whole pag
 tables of the benchmarks, and the examples with their code.
 """
 
-import ast
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -33,7 +32,9 @@ GALLERY = re.compile(r"^\[[^\]]*\]\(\.\./(examples/[\w/]*README\.md)\)$", re.MUL
 
 # A table of the benchmarks, with its title; an example in the table of a README.
 TABLE = re.compile(r"\*\*(.*)\*\*\n\n((?:\|.*\n)+)")
-EXAMPLE = re.compile(r"^\| `(python (examples/[\w/]+\.py).*?)` \|.*?\| (.*?) \|", re.M)
+EXAMPLE = re.compile(
+    r"^\| `(python (examples/[\w/]+\.py).*?)` \| (.+?) \| (.+?) \|", re.MULTILINE
+)
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
@@ -81,10 +82,9 @@ def _gallery(link: re.Match[str]) -> str:
     return "\n".join(_example(*row) for row in rows)
 
 
-def _example(command: str, path: str, duration: str) -> str:
+def _example(command: str, path: str, purpose: str, length: str) -> str:
     """Return a script's section: its purpose, picture, command and code, folded."""
     script, code = Path(path), (ROOT / path).read_text()
-    purpose = (ast.get_docstring(ast.parse(code)) or "").partition("\n\n")[0]
     pictures = [
         f"![The picture that {script.name} draws]({folder}/{script.stem}.png)"
         for folder in ("images", "experiments")
@@ -94,10 +94,10 @@ def _example(command: str, path: str, duration: str) -> str:
     return "\n\n".join(
         [
             f"### {script.name}",
-            purpose,
+            purpose[0].upper() + purpose[1:] + ("" if purpose.endswith("?") else "."),
             *pictures,
             f"```sh\n{command}\n```",
-            f"By default: {duration}.",
+            f"By default: {length}.",
             f'??? example "{path}"\n\n{indent(block, "    ")}\n',
         ]
     )
