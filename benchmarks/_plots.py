@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from pathlib import Path
 
+import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
@@ -23,6 +24,7 @@ STYLES = {
     "no batch norm": ("#999999", "."),
 }
 DUPLICATES = ("jaxbn.linen", "jaxbn.nnx")  # of `jaxbn`: the same computation
+matplotlib.rcParams["font.size"] = 13  # legible on a phone
 
 
 def save(data: dict, folder: Path) -> None:
@@ -75,22 +77,21 @@ def _bars(rows: list[dict], dtype: str) -> Figure:
     """Plot forward + backward of each shape in units of the floor."""
     rows = [r for r in rows if r["phase"] == "both"]
     shapes = list(dict.fromkeys(r["shape"] for r in rows))
-    half = (len(shapes) + 1) // 2
-    figure = Figure(figsize=(13, 8), layout="constrained")
-    for axes, some in zip(
-        figure.subplots(2, 1), (shapes[:half], shapes[half:]), strict=True
-    ):
+    figure = Figure(figsize=(10, 11), layout="constrained")
+    parts = [shapes[start : start + 6] for start in range(0, len(shapes), 6)]
+    panels = figure.subplots(len(parts), 1, squeeze=False)
+    for axes, some in zip(panels.flat, parts, strict=True):
         _grouped(axes, [r for r in rows if r["shape"] in some], "shape", "ratio")
         axes.axhline(1, color="black", lw=0.8, ls="--")
         axes.set(ylabel="time / floor", yscale="log")
         _plain_log(axes.yaxis)
         axes.grid(axis="y", alpha=0.3)
     figure.suptitle(
-        f"Training forward + backward, {dtype}: time over the floor, "
-        "8 passes over x at copy speed (1 = dashed; lower is better)"
+        f"Training forward + backward, {dtype}: time over the floor, 8 passes over x\n"
+        "at copy speed (1 = dashed; lower is better)"
     )
     handles, labels = figure.axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=5)
+    figure.legend(handles, labels, loc="outside lower center", ncols=3)
     return figure
 
 
@@ -117,7 +118,7 @@ def _grouped(axes: Axes, rows: list[dict], group: str, value: str) -> None:
 
 def _against_floor(rows: list[dict], dtype: str) -> Figure:
     """Plot a point for each shape and library; the diagonal is the floor."""
-    figure = Figure(figsize=(12, 5.5), layout="constrained")
+    figure = Figure(figsize=(10, 6), layout="constrained")
     for axes, phase in zip(figure.subplots(1, 2), ("forward", "backward"), strict=True):
         some = [r for r in rows if r["phase"] == phase]
         floors = sorted(1e3 * r["floor"] for r in some)
@@ -133,17 +134,18 @@ def _against_floor(rows: list[dict], dtype: str) -> Figure:
             axes.plot(xs, ys, marker, label=library, **style)
         axes.set(title=phase, xlabel="floor, ms", ylabel="time, ms")
         for axis in (axes.xaxis, axes.yaxis):
-            _plain_log(axis)
+            _plain_log(axis, subs=(1, 3))
         axes.grid(alpha=0.3)
-    figure.suptitle(f"Time against the floor, {dtype}: one point per shape")
+    figure.suptitle(f"Time versus the floor, {dtype}: one point per shape")
     handles, labels = figure.axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=5)
+    figure.legend(handles, labels, loc="outside lower center", ncols=3)
     return figure
 
 
 def _growth(data: dict) -> dict[str, Figure]:
-    figure = Figure(figsize=(14, 5), layout="constrained")
-    *first, last = figure.subplots(1, 3)
+    figure = Figure(figsize=(10, 9), layout="constrained")
+    panels = figure.subplot_mosaic("AB;CC", height_ratios=(3, 2))
+    *first, last = panels.values()
     for axes, along in zip(first, ("examples", "features"), strict=True):
         rows = [r for r in data["rows"] if (r["along"], r["phase"]) == (along, "both")]
         dim = 0 if along == "examples" else 1
@@ -205,34 +207,34 @@ def _step(data: dict) -> dict[str, Figure]:
 
 
 def _memory(data: dict) -> dict[str, Figure]:
-    figure = Figure(figsize=(12, 4.5), layout="constrained")
+    figure = Figure(figsize=(10, 5), layout="constrained")
     rows = [
         r | {name: r[name] / r["x"] for name in ("residuals", "scan_peak")}
         for r in _without_duplicates(data["rows"])
     ]
     depth = data["layers"]
     titles = {
-        "residuals": "residuals of jax.vjp, one layer",
-        "scan_peak": f"temporary memory, gradient of a scan over {depth} layers",
+        "residuals": "residuals of jax.vjp,\none layer",
+        "scan_peak": f"temporary memory, gradient\nof a scan over {depth} layers",
     }
     for axes, (name, title) in zip(figure.subplots(1, 2), titles.items(), strict=True):
         _grouped(axes, rows, "dtype", name)
         axes.set(title=title, ylabel="times the bytes of x")
         axes.grid(axis="y", alpha=0.3)
     handles, labels = figure.axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=6)
+    figure.legend(handles, labels, loc="outside lower center", ncols=3)
     return {"memory": figure}
 
 
 def _accuracy(data: dict) -> dict[str, Figure]:
     rows = _without_duplicates([r for r in data["rows"] if r["dtype"] == "float32"])
-    figure = Figure(figsize=(13, 4.8), layout="constrained")
+    figure = Figure(figsize=(10, 12), layout="constrained")
     titles = {
         "mean": "mean, in standard deviations",
         "var": "variance, relative",
         "dx": "dx, relative to its largest entry",
     }
-    for axes, (name, title) in zip(figure.subplots(1, 3), titles.items(), strict=True):
+    for axes, (name, title) in zip(figure.subplots(3, 1), titles.items(), strict=True):
         shown = [r | {"at": f"mean {r['loc']:g}"} for r in rows]
         for r in shown:  # NaN is drawn at the top
             r[name] = r[name] if r[name] is not None and r[name] == r[name] else 1e9
@@ -240,9 +242,9 @@ def _accuracy(data: dict) -> dict[str, Figure]:
         axes.set(title=title, yscale="log", ylabel="largest error", ylim=(1e-9, 1e2))
         axes.grid(axis="y", alpha=0.3)
     figure.suptitle(
-        "Error of float32 versus float64, x of 4096x64 with standard deviation 1 "
+        "Error of float32 versus float64, x of 4096x64 with standard deviation 1\n"
         "(bars at the top: at least 100, or NaN)"
     )
     handles, labels = figure.axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=8)
+    figure.legend(handles, labels, loc="outside lower center", ncols=4)
     return {"accuracy": figure}

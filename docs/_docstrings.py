@@ -16,6 +16,10 @@ PUBLIC = {
     for page in API.glob("*.md")
     for name in re.findall(r"^::: (\S+)$", page.read_text(), re.MULTILINE)
 }
+# Fields and defaults of linen's layer, which are mostly Flax's; the last three are not.
+LINEN = re.findall(r"^\| `(\w+)` \| `([^|]+)` \|", (API / "linen.md").read_text(), re.M)
+POSITIONAL = griffe.ParameterKind.positional_or_keyword
+KEYWORD = griffe.ParameterKind.keyword_only
 SHAPED = {"Array", "Bool", "Float", "Inexact", "Int", "Real"}  # jaxtyping's
 
 
@@ -35,19 +39,37 @@ class Readable(griffe.Extension):
             obj.annotation = _simple(obj.annotation)
 
     def on_class(self, *, cls: griffe.Class, **_: Any) -> None:
-        """Give a NamedTuple, whose source has no `__init__`, its signature."""
+        """Give a NamedTuple or linen layer, without `__init__`, its signature."""
         if "NamedTuple" in map(str, cls.bases):
-            init = griffe.Function("__init__", parameters=_parameters(cls))
-            cls.set_member("__init__", init)
+            parameters = _parameters(cls)
+        elif cls.path.startswith("jaxbn.linen.") and cls.name.startswith("Batch"):
+            parameters = _linen_parameters(cls)
+        else:
+            return
+        cls.set_member("__init__", griffe.Function("__init__", parameters=parameters))
 
 
 def _parameters(cls: griffe.Class) -> griffe.Parameters:
-    kind = griffe.ParameterKind.positional_or_keyword
     fields = [
-        griffe.Parameter(name, annotation=_simple(field.annotation), kind=kind)
+        griffe.Parameter(name, annotation=_simple(field.annotation), kind=POSITIONAL)
         for name, field in cls.attributes.items()
     ]
-    return griffe.Parameters(griffe.Parameter("self", kind=kind), *fields)
+    return griffe.Parameters(griffe.Parameter("self", kind=POSITIONAL), *fields)
+
+
+def _linen_parameters(cls: griffe.Class) -> griffe.Parameters:
+    fields = dict(LINEN)
+    if cls.name == "BatchRenorm":
+        del fields["virtual_batch_size"]  # of batch norm alone
+    for name, field in cls.attributes.items():
+        default = re.search(r"default=([^,)]+)", str(field.value))
+        if name not in dict(LINEN) and default:
+            fields[name] = default[1]
+    parameters = griffe.Parameters(griffe.Parameter("self", kind=POSITIONAL))
+    for name, default in fields.items():
+        kind = POSITIONAL if name in dict(LINEN[:-3]) else KEYWORD
+        parameters.add(griffe.Parameter(name, kind=kind, default=default))
+    return parameters
 
 
 def _fence_doctests(text: str) -> str:

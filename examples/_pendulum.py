@@ -117,12 +117,11 @@ def draw(curves: dict[str, Returns]) -> Figure:
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     axes = figure.subplots()
     for (name, returns), style in zip(
-        curves.items(), ("C1:", "C0-", "k--"), strict=True
+        curves.items(), (("#D55E00", ":"), ("#0072B2", "-"), ("k", "--")), strict=True
     ):
-        steps, each = list(returns), np.stack([*returns.values()])
-        (line,) = axes.plot(steps, each.mean(1), style, label=name)
-        low, high = each.min(1), each.max(1)
-        axes.fill_between(steps, low, high, color=line.get_color(), alpha=0.15)
+        steps, each, (color, line) = list(returns), np.stack([*returns.values()]), style
+        axes.plot(steps, each.mean(1), color=color, ls=line, label=name)
+        axes.fill_between(steps, each.min(1), each.max(1), color=color, alpha=0.15)
     axes.axhline(GOAL, color="0.6", linewidth=0.8)
     axes.set(xlabel="steps of the environment", ylabel="test return")
     axes.set_title("CrossQ on Pendulum-v1, by normalization of the critics")

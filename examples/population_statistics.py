@@ -22,6 +22,11 @@ ROWS = {
     "paper": ("averaged", "population, variance='paper'"),
     "total": ("averaged", "population, variance='total'"),
 }
+STYLES = {
+    "running": ("black", "."),
+    "stale": ("#CC79A7", "x"),
+    "paper": ("#009E73", "^"),
+}
 
 
 class CNN(nn.Module):
@@ -94,13 +99,11 @@ def draw(runs: list[dict[int, dict]]) -> Figure:
     """Plot test accuracy by step, the mean of all runs and their range."""
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     axes = figure.subplots()
-    for name in ("running", "stale", "paper"):
+    for name, (color, marker) in STYLES.items():
         each = np.array([[at[name] for at in run.values()] for run in runs])
         steps, label = list(runs[0]), ": ".join(ROWS[name])
-        (line,) = axes.plot(steps, each.mean(0), marker=".", label=label)
-        axes.fill_between(
-            steps, each.min(0), each.max(0), color=line.get_color(), alpha=0.15
-        )
+        axes.plot(steps, each.mean(0), color=color, marker=marker, label=label)
+        axes.fill_between(steps, each.min(0), each.max(0), color=color, alpha=0.15)
     axes.set(xlabel="step", ylabel="test accuracy", ylim=(0, 1))
     axes.set_title("Weights, and the statistics that normalize")
     axes.legend(loc="lower right")

@@ -22,6 +22,13 @@ from rich.table import Table
 
 import jaxbn.linen
 
+STYLES = [  # of the four ways; the first is visible behind the lines that equal it
+    {"color": "#BBBBBB", "lw": 5},
+    {"color": "#D55E00", "lw": 1.3},
+    {"color": "#0072B2", "lw": 1.3},
+    {"color": "#000000", "lw": 1.3, "ls": ":"},
+]
+
 
 class ResNet(nn.Module):
     """Three blocks of decreasing resolution; `axis_name` synchronizes devices."""
@@ -106,18 +113,18 @@ def fit(way: tuple, start: tuple, digits: list, batches: list) -> tuple[list, di
 
 def draw(runs: dict[str, dict[str, tuple]]) -> Figure:
     """Plot loss and accuracy by step: random images on top, sorted ones below."""
-    figure = Figure(figsize=(10, 7), layout="constrained")
+    figure = Figure(figsize=(8.5, 7.5), layout="constrained")
     axes = figure.subplots(2, 2, sharex=True, sharey="col")
     for (left, right), (order, group) in zip(axes, runs.items(), strict=True):
-        for i, (name, (losses, accuracies)) in enumerate(group.items()):
-            # One device is a wide line, visible behind the lines that equal it.
-            style = {"label": name, "color": f"C{i}", "lw": 1.3 if i else 5}
-            left.semilogy(np.convolve(losses, np.full(20, 0.05), "valid"), **style)
+        for (name, run), style in zip(group.items(), STYLES, strict=True):
+            losses, accuracies = run
+            smooth = np.convolve(losses, np.full(20, 0.05), "valid")
+            left.semilogy(smooth, label=name, **style)
             right.plot(*zip(*accuracies.items(), strict=True), **style)
         title, xlabel = f"Images dealt {order}", "step"
         left.set(title=title, xlabel=xlabel, ylabel="training loss (mean of next 20)")
         right.set(title=title, xlabel=xlabel, ylabel="test accuracy", ylim=(0.5, 1))
-    figure.legend(handles=axes[0, 0].lines, loc="outside lower center", ncols=4)
+    figure.legend(handles=axes[0, 0].lines, loc="outside lower center", ncols=2)
     return figure
 
 
@@ -171,7 +178,7 @@ def main() -> None:
         order: {name: fit(way, start, digits, batches) for name, way in steps.items()}
         for order, batches in dealt.items()
     }
-    draw(runs).savefig(args.output / "train_data_parallel.png", dpi=110)
+    draw(runs).savefig(args.output / "train_data_parallel.png", dpi=150)
     Console(width=88).print(summarize(runs))
     print(f"Picture: {args.output / 'train_data_parallel.png'}")
     too_short = "Too short to say: --quick only checks that the example runs."

@@ -116,13 +116,13 @@ def compare(dtype: str) -> tuple[dict[str, float], dict, Array]:
 
 def draw(parts: dict[str, Array], x: Array) -> Figure:
     """Plot the contribution of each path to ∂l/∂x, for two features."""
-    figure = Figure(figsize=(11, 4.5), layout="constrained")
-    parts = parts | {"all three, ∂l/∂x": jnp.stack([*parts.values()]).sum(0)}
+    figure = Figure(figsize=(9, 4.8), layout="constrained")
+    parts = {"all three, ∂l/∂x": jnp.stack([*parts.values()]).sum(0)} | parts
     for feature, axes in enumerate(figure.subplots(1, 2)):
-        for (name, part), marker in zip(parts.items(), "ov^x", strict=True):
+        for (name, part), marker in zip(parts.items(), "xov^", strict=True):
             axes.plot(x[:, feature], part[:, feature], marker, label=f"through {name}")
-        axes.set(xlabel=f"x, feature {feature} of 60 digits", ylabel="part of ∂l/∂x")
-        axes.legend()
+        axes.set(xlabel="x", ylabel="part of ∂l/∂x", title=f"Feature {feature}")
+    figure.legend(handles=figure.axes[0].lines, loc="outside lower center", ncols=4)
     return figure
 
 

@@ -79,11 +79,12 @@ def noise(model: lab.Model, train: lab.Digits, image: Array, rows: Array) -> Arr
 
 def draw(tracks: np.ndarray, noises: np.ndarray) -> Figure:
     """Plot noise by m, and errors of the statistics during training."""
-    figure = Figure(figsize=(11, 4), layout="constrained")
-    by_size, *by_time = figure.subplots(1, 3)
+    figure = Figure(figsize=(9, 9), layout="constrained")
+    panels = figure.subplot_mosaic("AA;BC")
+    by_size, *by_time = panels.values()
     for k, name in enumerate(NOISES):
         lab.band(by_size, SIZES, noises[:, :, k], marker=".", label=name)
-    by_size.plot(SIZES, np.power(SIZES, -0.5), "k:", label="1/√m")
+    by_size.plot(SIZES, np.power(SIZES, -0.5), ":", color="0.6", label="1/√m")
     by_size.set_xscale("log", base=2)
     by_size.set(yscale="log", xlabel="images m", title="Noise over batches")
     for i, what in enumerate(("mean", "variance")):
@@ -91,8 +92,8 @@ def draw(tracks: np.ndarray, noises: np.ndarray) -> Figure:
         for k, name in enumerate(ESTIMATES):
             lab.band(axes, percent, tracks[:, :, k, i], marker=".", label=name)
         axes.set(yscale="log", xlabel="% of training", title=f"Error of the {what}")
-    for axes in figure.axes:
-        axes.legend(fontsize=7)
+    by_size.legend()
+    figure.legend(handles=by_time[0].lines, loc="outside lower center", ncols=4)
     return figure
 
 

@@ -69,24 +69,26 @@ def tail(gradients: np.ndarray) -> np.ndarray:
 
 def draw(found: dict) -> Figure:
     """Plot means, variances and gradients by depth, and a histogram of gradients."""
-    figure = Figure(figsize=(11, 4), layout="constrained")
-    layers, norms, histogram = figure.subplots(1, 3)
+    figure = Figure(figsize=(9, 8), layout="constrained")
+    panels = figure.subplot_mosaic("AB;CL")
+    layers, norms, histogram, key = panels.values()
     at, bins = 1 + np.arange(DEPTH), np.geomspace(0.01, 100, 41)
     for (kind, norm), (mean2, var, sizes, gradients) in found.items():
         style = {"ls": LINES[kind], "color": COLOR[norm]}
         band(layers, at, var, label=f"{kind}, {NAME[norm]}", **style)
         if not norm:  # with batch norm the mean is 0
-            red = style | {"color": "C3"}
-            band(layers, at, mean2, label=f"{kind}, mean² instead", **red)
+            black = style | {"color": "black"}
+            band(layers, at, mean2, label=f"{kind}, mean² instead", **black)
         band(norms, at[1:], sizes / sizes[:, -1:], **style)
         sizes = np.concatenate([relative(g) for g in gradients])
         counts, edges = np.histogram(sizes, bins, density=True)
-        histogram.stairs(counts, edges, **style)
-    layers.set(yscale="log", xlabel="layer", ylabel="variance of what enters a ReLU")
-    norms.set(yscale="log", xlabel="layer", ylabel="|gradient of kernel| / the last's")
+        histogram.stairs(counts, edges, ls=LINES[kind], color=COLOR[norm])
+    layers.set(yscale="log", xlabel="layer", title="Variance of a ReLU's input")
+    norms.set(yscale="log", xlabel="layer", title="|gradient of kernel| / the last's")
     histogram.set(xscale="log", yscale="log", xlabel="|gradient| / median")
-    histogram.set(ylabel=f"density, kernel of layer {DEPTH // 2 + 1}")
-    layers.legend(fontsize=7)
+    histogram.set(title=f"Density of gradients, layer {DEPTH // 2 + 1}")
+    key.legend(*layers.get_legend_handles_labels(), loc="center")
+    key.set_axis_off()
     return figure
 
 

@@ -9,7 +9,7 @@ every step, so that the loss has two parameters and can be drawn.
 import jax
 import jax.numpy as jnp
 import numpy as np
-from _experiment import COLOR, NAME, arguments, digits, report
+from _experiment import COLOR, NAME, arguments, digits, legend_below, report
 from jax import Array, lax
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -90,27 +90,27 @@ def draw_paths(axes: Axes, data: Data, norm: bool, arm: dict, steps: int = 30) -
     ws = jnp.stack(np.meshgrid(x, y), -1).reshape(-1, 2)
     height = remaining(ws, data, norm).reshape(200, 200)
     axes.contour(x, y, height, np.geomspace(0.01, 1000, 11), colors="0.8")
-    for share, color in ((1.03, "C3"), (0.97, "C4"), (0.5, "C2")):
+    for share, color in ((1.03, "C2"), (0.97, "C3"), (0.5, "C0")):
         path = descend(share * arm["limit"], data, norm, steps)
         label = f"{share * arm['limit']:.3f}, {share:.0%} of the largest"
         axes.plot(*path.T, ".-", color=color, markersize=4, linewidth=0.8, label=label)
     axes.plot(*best, "k*")
     axes.set(xlim=x[[0, -1]], ylim=y[[0, -1]], aspect="equal", title=NAME[norm])
     axes.set(xlabel="weight of the width", ylabel="weight of the symmetry")
-    axes.legend(title=f"learning rate, {steps} steps", fontsize=8, loc="lower left")
+    legend_below(axes, title=f"learning rate, {steps} steps")
 
 
 def draw(data: Data, arms: dict, rates: Array, steps: int) -> Figure:
     """Plot contours and paths of both arms, and the remaining gain by rate."""
-    figure = Figure(figsize=(10, 8), layout="constrained")
-    panels = figure.subplot_mosaic("AB;CC", height_ratios=(1.6, 1))
-    axes = panels["C"]
-    for panel, (norm, arm) in zip("AB", arms.items(), strict=True):
-        draw_paths(panels[panel], data, norm, arm)
+    figure = Figure(figsize=(9, 9.5), layout="constrained")
+    *paths, axes = figure.subplot_mosaic("AB;CC", height_ratios=(1.6, 1)).values()
+    for panel, (norm, arm) in zip(paths, arms.items(), strict=True):
+        draw_paths(panel, data, norm, arm)
         axes.loglog(rates, arm["left"], color=COLOR[norm], label=NAME[norm])
     axes.axhline(0.01, color="0.6", linestyle=":")
-    axes.set(ylim=(1e-5, 10), xlabel="learning rate", ylabel=f"left at step {steps}")
-    axes.legend(loc="lower left", title="share of the gain that is left")
+    axes.set(ylim=(1e-5, 10), xlabel="learning rate", ylabel="share")
+    axes.set_title(f"Share of the possible gain that is left after {steps} steps")
+    axes.legend(loc="lower left")
     return figure
 
 

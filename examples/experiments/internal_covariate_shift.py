@@ -80,22 +80,23 @@ def drift(percentiles: np.ndarray) -> np.ndarray:
 
 def draw(arms: dict, ways: dict) -> Figure:
     """Plot the zigzag, accuracies, and inputs of one sigmoid in both networks."""
-    figure = Figure(figsize=(11, 8), layout="constrained")
+    figure = Figure(figsize=(9, 9), layout="constrained")
     (zigzag, curves), units = figure.subplots(2, 2)
     for (norm, rate), way in ways.items():
-        zigzag.plot(way, SHIFTS[rate], color=COLOR[norm], label=f"{NAME[norm]}, {rate}")
+        zigzag.plot(way, SHIFTS[rate], color=COLOR[norm], label=f"{rate}")
     for (norm, times), (accuracies, percentiles, _) in arms.items():
         steps = EVERY * np.arange(1, accuracies.shape[1] + 1)
         style = {"color": COLOR[norm], "linestyle": TIMES[times]}
         lab.band(curves, steps, accuracies, **style, label=f"{times * RATE:g}")
         if times == 1:
-            title = f"{NAME[norm]}: inputs of a sigmoid, at 15, 50, 85 %"
+            title = f"{NAME[norm]}:\ninputs of a sigmoid, at 15, 50, 85%"
             units[int(norm)].plot(steps, percentiles[0, ..., 0], color=COLOR[norm])
             units[int(norm)].set(title=title, xlabel="step", ylim=(-2, 2))
-    zigzag.set(ylim=(-1, 3), xlabel="step", ylabel="mean of the output (target: 1)")
-    zigzag.legend(fontsize=8, title="Two layers that shift; learning rate")
-    curves.set(xscale="log", ylim=(0.5, 1), xlabel="step", ylabel="test accuracy")
-    curves.legend(fontsize=8, title="Sigmoids; learning rate", ncols=2)
+    zigzag.set(ylim=(-1, 3), xlabel="step", title="Output of two layers (target: 1)")
+    rates = "learning rate without, with batch norm"
+    lab.legend_below(zigzag, title=rates, ncols=2)
+    curves.set(xscale="log", ylim=(0.5, 1), xlabel="step", title="Test accuracy")
+    lab.legend_below(curves, title=rates, ncols=2)
     return figure
 
 

@@ -104,7 +104,7 @@ def findings(without: dict, normed: dict) -> dict[str, bool]:
 
 def draw(found: dict[bool, dict]) -> Figure:
     """Plot the largest rates, the scan, and accuracies by scale and by epoch."""
-    figure = Figure(figsize=(10, 7.5), layout="constrained")
+    figure = Figure(figsize=(9, 8), layout="constrained")
     (rates, scan), (by_scale, by_epoch) = figure.subplots(2, 2)
     for norm, of in found.items():
         curves, style = of["curves"], {"color": COLOR[norm]}
@@ -120,14 +120,15 @@ def draw(found: dict[bool, dict]) -> Figure:
                 by_epoch, np.arange(1, curve.shape[1] + 1) / 2, curve, ls=line, **style
             )
     scan.axhline(FAILED, color="0.6", linestyle=":")
-    rates.set(xlabel="layers", ylabel="largest rate that works", yscale="log")
-    scan.set(xlabel="learning rate, 8 layers", ylabel="last losses, at most 10")
-    by_scale.set(xlabel="initial weights / He's", ylabel="accuracy after 4 epochs")
-    by_epoch.set(xlabel="epoch", ylabel="accuracy")
+    rates.set(xlabel="layers", title="Largest rate that works", yscale="log")
+    scan.set(xlabel="learning rate", title=f"Last losses, {DEPTH} layers (at most 10)")
+    by_scale.set(xlabel="initial weights / He's", title="Accuracy after the last epoch")
+    by_epoch.set(xlabel="epoch", title="Accuracy, He's weights")
     by_epoch.legend(by_epoch.lines[:2], ["rate 0.1", "the best rate"])
     for panel, base in ((rates, 2), (scan, 10), (by_scale, 10)):
         panel.set_xscale("log", base=base)
-    rates.legend(loc="lower left")
+    named = rates.get_legend_handles_labels()
+    figure.legend(*named, loc="outside lower center", ncols=2)
     return figure
 
 

@@ -26,10 +26,10 @@ LANDSCAPE = ("range of loss", "predictiveness", "smoothness")
 SHIFTS = ("shift of means", "shift of log std")
 MEASURES = ("training loss", "test accuracy", *LANDSCAPE, *SHIFTS)
 TITLES = {
-    "losses": "Loss along the gradient: lowest to highest",
-    "changes": "Gradient predictiveness |g(y) - g(x)|: least to most",
-    "smoothness": "Effective smoothness: max |g(y) - g(x)| / |y - x|",
-    "shift of means": "Means of a middle layer: moved by a step, in std",
+    "losses": "Loss along the gradient:\nlowest to highest",
+    "changes": "Gradient predictiveness |g(y) - g(x)|:\nleast to most",
+    "smoothness": "Effective smoothness:\nmax |g(y) - g(x)| / |y - x|",
+    "shift of means": "Means of a middle layer:\nmoved by a step, in std",
 }
 gradient = jax.jit(jax.value_and_grad(lab.loss, has_aux=True))
 loss, accuracy = map(jax.jit, (lab.loss, lab.accuracy))
@@ -95,19 +95,19 @@ def train(data: tuple, seed: int, rate: float, arm: str, steps: int) -> dict:
 
 def draw(runs: dict, rate: float) -> Figure:
     """Plot loss and gradient along the probes, smoothness and shifts by step."""
-    figure = Figure(figsize=(10, 7), layout="constrained")
+    figure = Figure(figsize=(9, 8), layout="constrained")
     panels = dict(zip(TITLES, figure.subplots(2, 2).flat, strict=True))
     for name, axes in panels.items():
-        for arm, color in zip(ARMS, (*COLOR.values(), "C2"), strict=True):
+        for arm, color in zip(ARMS, (*COLOR.values(), "black"), strict=True):
             values = np.stack([run[name] for run in runs[rate, arm]])
             values = values if values.ndim == 2 else np.median(values, 0).T  # points
             steps = EVERY * np.arange(values.shape[1])
             lab.band(axes, steps, values, color=color, label=arm)
         axes.set(yscale="log", xlabel="step", title=TITLES[name])
     axes = panels["smoothness"]
-    axes.axhline(2 / rate, color="k", ls=":", label="2 / rate")
+    axes.axhline(2 / rate, color="0.4", ls=":", label="2 / rate")
     axes.set(yscale="linear", ylim=0)
-    axes.legend()
+    figure.legend(handles=axes.lines, loc="outside lower center", ncols=4)
     return figure
 
 

@@ -49,8 +49,8 @@ def draw(sizes: tuple, fits: np.ndarray) -> Figure:
     axes = figure.subplots()
     for k, name in enumerate(KINDS):
         lab.band(axes, sizes, 1 - fits[:, :-1, k], marker=".", label=name)
-    axes.axhline(1 - fits[:, -1, 0].mean(), color="k", ls=":", label="synchronized")
-    axes.set(yscale="log", xlabel="images m that share statistics", ylabel="test error")
+    axes.axhline(1 - fits[:, -1, 0].mean(), color="0.4", ls=":", label="synchronized")
+    axes.set(yscale="log", xlabel="images that share statistics", title="Test error")
     axes.set_xscale("log", base=2)
     axes.yaxis.set_major_formatter("{x:.0%}")
     axes.yaxis.set_minor_formatter("{x:.0%}")

@@ -184,14 +184,38 @@ def test_public_names_are_in_the_reference(module):
     assert {f"{module}.{name}" for name in names} - set(listed) == set()
 
 
+def table_of(page):
+    """Return name and default of each row of a table of options that has both."""
+    text = (DOCS / page).read_text()
+    return re.findall(r"^\| `(\w+)` \| `([^|]+)` \|", text, re.MULTILINE)
+
+
+def test_nnx_layer_arguments_match_the_table():
+    rows = dict(table_of("api/nnx.md"))
+    parameters = inspect.signature(jaxbn.nnx.BatchNorm.__init__).parameters
+    defaults = {name: p.default for name, p in parameters.items()}
+    assert [*defaults][2:] == [*rows, "rngs", "bias_metadata", "scale_metadata"]
+    for name in ("bias_init", "scale_init", "promote_dtype"):  # functions
+        del rows[name], defaults[name]
+    stated = {name: eval(default, {"jnp": jnp}) for name, default in rows.items()}
+    assert stated == {name: defaults[name] for name in rows}
+
+
 def test_linen_layer_fields_match_the_table():
-    text = (DOCS / "api/linen.md").read_text()
-    rows = re.findall(r"^\| `(\w+)` \| `([^|]+)` \|", text, re.MULTILINE)
+    rows = table_of("api/linen.md")
     fields = dataclasses.fields(jaxbn.linen.BatchNorm)
     defaults = {f.name: f.default for f in fields if f.name not in ("parent", "name")}
     stated = {name: eval(default, {"jnp": jnp, "nn": nn}) for name, default in rows}
     assert list(stated) == list(defaults)
     assert stated == defaults
+
+
+@pytest.mark.parametrize("folder", ["examples", "examples/experiments"])
+def test_each_example_is_in_the_table_of_its_folder(folder):
+    path = DOCS.parent / folder
+    text = (path / "README.md").read_text()
+    listed = re.findall(rf"^\| `python {folder}/(\w+\.py)\b", text, re.MULTILINE)
+    assert sorted(listed) == sorted(script.name for script in path.glob("[!_]*.py"))
 
 
 def test_files_that_pages_name_exist():
