@@ -125,11 +125,11 @@ def train_both(
 
 
 def make_predictor(state: State, variables: Mapping[str, PyTree]) -> Wrapped:
-    """Return the model at inference, folded or not, as a function of the images."""
+    """Return the switched model at inference as a function of the images."""
 
     @jax.jit
     def predict(images: Array) -> Array:
-        with jaxbn.linen.skip_folded():
+        with jaxbn.linen.skip_folded(), jaxbn.linen.replace_batch_norm():
             return state.apply_fn(variables, images)
 
     return predict
