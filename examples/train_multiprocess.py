@@ -220,7 +220,7 @@ def describe_start(start: int, steps: int) -> str:
 def describe_no_kill(kill_after: int, directory: object) -> str:
     """Explain why a run that continues after step `kill_after` kills no worker."""
     return (
-        f"No worker is killed: the checkpoint is not before step {kill_after}. To see "
+        f"No worker is killed: the checkpoint is at step {kill_after} or later. To see "
         f"one killed, pass a new --output or delete {directory}."
     )
 
