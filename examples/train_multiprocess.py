@@ -173,6 +173,8 @@ def train(
     start, first = int(state.step), jax.process_index() == 0
     if first:
         print(describe_start(start, args.steps), flush=True)
+    if 0 < args.kill_after <= start:
+        print(describe_no_kill(args.kill_after, manager.directory), flush=True)
     silent = not (first and Console().is_terminal)
     for step in track(range(start + 1, args.steps + 1), disable=silent):
         batch = batch_at(shard, step - 1, steps_per_epoch, args.batch, args.seed)
@@ -186,7 +188,7 @@ def train(
             with announced(args.process_id, step):
                 save(manager, state)
         if step == args.kill_after:
-            print(f"Worker {args.process_id} kills itself at step {step}.", flush=True)
+            print(describe_kill(args.process_id, step), flush=True)
             os.kill(os.getpid(), signal.SIGKILL)
     return state
 
@@ -213,6 +215,22 @@ def describe_start(start: int, steps: int) -> str:
     if start >= steps:
         return f"Finished already: the checkpoint is at step {start}, nothing to train."
     return f"{'Resuming' if start else 'Starting'} from step {start}."
+
+
+def describe_no_kill(kill_after: int, directory: object) -> str:
+    """Explain why a run that continues after step `kill_after` kills no worker."""
+    return (
+        f"No worker is killed: the checkpoint is at step {kill_after} or later. To see "
+        f"one killed, pass a new --output or delete {directory}."
+    )
+
+
+def describe_kill(process_id: int, step: int) -> str:
+    """Announce that a worker kills itself, and that others then fail."""
+    return (
+        f"Worker {process_id} kills itself at step {step}. A traceback of another "
+        "worker is expected; then all start again from the last checkpoint."
+    )
 
 
 def report(state: State, test: tuple, path: Path) -> None:

@@ -1,13 +1,15 @@
 """Shared parts of the experiments: command line, data, dense networks, SGD, reports.
 
 Each experiment writes NAME.png and NAME.md, and prints a table, a claim, whether the
-claim held, and the findings that decide it.
+claim held, and the findings that decide it. A claim held if all findings support it
+("yes"), held in part if some do, and did not hold if none does.
 """
 
 import argparse
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache, partial
 from pathlib import Path
+from textwrap import fill
 from typing import Any, NamedTuple
 
 import jax
@@ -37,6 +39,7 @@ matplotlib.rcParams |= {  # legible on a phone, where 9 inches become 2.5
     "legend.title_fontsize": 10,
 }
 NAME = {False: "without batch norm", True: "with batch norm"}
+TOO_SHORT = "Too short to say: --quick only checks that it runs. It measured:"
 
 Model = tuple[tuple, tuple]  # parameters and state
 
@@ -59,7 +62,7 @@ def arguments(description: str | None) -> Arguments:
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     size = parser.add_mutually_exclusive_group()
-    quick = "only check that it runs, in seconds; too short for a verdict"
+    quick = "check only that the script runs, with few steps and seeds; no verdict"
     size.add_argument("--quick", action="store_true", help=quick)
     full = "run longer than by default: more steps, seeds or settings"
     size.add_argument("--full", action="store_true", help=full)
@@ -267,19 +270,25 @@ def spread(values: Any, form: str = ".1%") -> str:
     return f"{mean:{form}} ({low:{form}} to {high:{form}})"
 
 
+def versus(name: str, without: Any, normed: Any, form: str = ".3g") -> str:
+    """Return a sentence that compares the means of a quantity in both networks."""
+    means = [np.mean(runs) for runs in (normed, without)]
+    a, b = (f"{mean:{form}}" if np.isfinite(mean) else "not reached" for mean in means)
+    quantity = name[0].lower() + name[1:]
+    return f"the {quantity} was {a} with batch norm, versus {b} without."
+
+
 def report(
     args: Arguments, name: str, figure: Figure, table: list[list[str]], claim: tuple
 ) -> None:
     """Write the picture and the table; print the table, then the verdict.
 
-    `claim` is a sentence and a dictionary: each finding, with its figures, and whether
-    it supports the claim. A quick run has no verdict.
+    `claim` is a sentence and a dictionary: each finding, a sentence with its figures,
+    and whether it supports the claim. A quick run has findings, but no verdict.
     """
     args.output.mkdir(parents=True, exist_ok=True)
     figure.savefig(args.output / f"{name}.png", dpi=110)
-    sentence, findings = verdict(*claim)
-    if args.quick:
-        sentence, findings = "Too short to say: --quick only checks that it runs.", []
+    sentence, findings = (TOO_SHORT, [*claim[1]]) if args.quick else verdict(*claim)
     head, *rows = table
     lines = [f"| {' | '.join(cells)} |" for cells in [head, ["---"] * len(head), *rows]]
     answers = [f"- {finding}" for finding in findings]
@@ -290,11 +299,12 @@ def report(
         shown.add_row(*cells)
     print(f"Picture and table: {args.output / name}.png, .md")
     Console(width=110).print(shown)
-    print(sentence, *answers, sep="\n")
+    for line in (sentence, *answers):
+        print(fill(line, 88, subsequent_indent="  ", break_on_hyphens=False))
 
 
 def verdict(claim: str, findings: dict[str, Any]) -> tuple[str, list[str]]:
-    """Return the claim with its outcome, and each finding with yes or no."""
+    """Return the claim with its outcome, and whether each finding supports it."""
     held = list(findings.values())
     word = "held" if all(held) else "held in part" if any(held) else "did not hold"
     answers = [f"{'yes' if h else 'no'}: {text}" for text, h in findings.items()]

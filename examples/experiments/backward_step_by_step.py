@@ -16,6 +16,7 @@ from matplotlib.figure import Figure
 import jaxbn
 
 EPSILON = 1e-5  # jaxbn's default
+DTYPES = "float32", "float64"
 
 
 def variance(x: Array, mean: Array) -> Array:
@@ -64,14 +65,14 @@ def by_hand(x: Array, scale: Array, bias: Array, dy: Array) -> tuple[dict, dict]
     v["∂l/∂μ = ∂l/∂σ² · ∂σ²/∂μ + Σ ∂l/∂x̂ᵢ · ∂x̂ᵢ/∂μ"] = dmean
     parts = {"x̂": dx_hat * dx_hat_dx, "σ²": dvar * dvar_dx}
     parts["μ"] = jnp.broadcast_to(dmean * dmean_dx, x.shape)
-    v["∂l/∂xᵢ: the parts through x̂, μ and σ²"] = sum(parts.values())
+    v["∂l/∂xᵢ = the sum of the parts through x̂, μ and σ²"] = sum(parts.values())
     fused = scale * inv_std * (dy - dbias / m - x_hat * dscale / m)
     v["fused: γ (σ²+ε)^(-1/2) (∂l/∂yᵢ - ∂l/∂β/m - x̂ᵢ ∂l/∂γ/m)"] = fused
     # jaxbn's two derivatives combined: two numbers per feature, one pass over x and dy.
     offset, slope = -scale * inv_std * dbias / m, -scale * inv_std**2 * dscale / m
     one_pass = scale * inv_std * dy + slope * (x - mean) + offset
     v["in jaxbn: γ (σ²+ε)^(-1/2) ∂l/∂yᵢ + slope (xᵢ-μ) + offset"] = one_pass
-    v["γ = √(σ²+ε), β = μ give x back"] = forward(x, 1 / inv_std, mean)
+    v["γ = √(σ²+ε) and β = μ restore x"] = forward(x, 1 / inv_std, mean)
     at_inference = affine(whiten(x, mean, m / (m - 1) * var), scale, bias)
     v["inference: γ (x-μ) (σ²+ε)^(-1/2) + β"] = at_inference
     return v, parts
@@ -129,20 +130,22 @@ def draw(parts: dict[str, Array], x: Array) -> Figure:
 def main() -> None:
     """Compare in both dtypes; write a table and a picture."""
     args = arguments(__doc__)
-    single, *_ = compare("float32")
+    single, *_ = compare(DTYPES[0])
     with jax.enable_x64(True):
-        double, parts, x = compare("float64")
+        double, parts, x = compare(DTYPES[1])
         figure, factor = draw(parts, x), np.asarray(x.var(0, ddof=1) + EPSILON)
-    rows = [[name, f"{single[name]:.0e}", f"{double[name]:.0e}"] for name in single]
+    table = [["Formula", *(f"Difference from autodiff, {t}" for t in DTYPES)]]
+    for formula, *offs in zip(single, single.values(), double.values(), strict=True):
+        table.append([formula, *(f"{off:.0e}" if off else "0" for off in offs)])
     worst = max(single.values()), max(double.values())
     off = f"{factor.min():.1f} to {factor.max():.1f}"
-    hold = f"all formulas hold to {worst[0]:.0e} in float32, {worst[1]:.0e} in float64"
-    divided = f"divided by (σ²+ε)^(-1/2), x̂ is off by a factor of {off}"
+    hold = "all formulas agreed with automatic differentiation, to "
+    hold += f"{worst[0]:.0e} in float32 and {worst[1]:.0e} in float64."
+    divided = f"x - μ divided by (σ²+ε)^(-1/2) was {off} times the normalized x̂."
     findings = {hold: worst[0] < 1e-5 and worst[1] < 1e-13}
     findings[divided] = np.allclose(factor, 1)
-    claim = "all nine steps are right, and so is to divide by (σ²+ε)^(-1/2)."
-    head = ["Formula; largest difference from autodiff", "float32", "float64"]
-    report(args, "backward_step_by_step", figure, [head, *rows], (claim, findings))
+    claim = "All nine steps are right, and inference divides x - μ by (σ²+ε)^(-1/2)."
+    report(args, "backward_step_by_step", figure, table, (claim, findings))
 
 
 if __name__ == "__main__":

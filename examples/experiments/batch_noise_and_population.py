@@ -26,6 +26,10 @@ MOMENTA = {"momentum 0.9": 0.9, "momentum 0.99": 0.99, "all steps alike": None}
 ESTIMATES = (*MOMENTA, "population")
 NOISES = "mean, first layer", "variance, first layer", "y, first layer", "y, last layer"
 SIZES = (2, 4, 8, 16, 64, 256)
+CLAIM = (
+    "The statistics of a batch are noisy, in proportion to 1/√m, and population "
+    "statistics serve inference better than running statistics."
+)
 
 
 def by_layer(state: tuple) -> jaxbn.BatchNormState:
@@ -104,16 +108,15 @@ def judge(tracks: np.ndarray, noises: np.ndarray) -> dict[str, Any]:
     exponents = ", ".join(f"{power:.2f}" for power in powers)
     nearer = (tracks[:, :, 3:] < tracks[:, :, :3]).mean()
     ends = zip(ESTIMATES, tracks[:, -1].mean(0), strict=True)
-    end = ", ".join(f"{name} {mean:.1%} and {var:.1%}" for name, (mean, var) in ends)
+    end = "; ".join(f"{name}, {mean:.1%} and {var:.1%}" for name, (mean, var) in ends)
     ratio, theory = noises[:, 0, 4].mean(), 1 - 1 / SIZES[0]
     return {
-        f"from {SIZES[-3]} images on noise goes as m to the power of {exponents}": (
-            abs(powers + 0.5).max() < 0.05
-        ),
-        f"E(var_B) of {SIZES[0]} images is {ratio:.2f} of the true one, by theory "
-        f"{theory:.2f}": abs(ratio - theory) < 0.05,
-        f"population statistics are nearer the truth in {nearer:.0%} of comparisons; "
-        f"errors of mean and variance in the end: {end}": nearer > 0.95,
+        f"from {SIZES[-3]} images on, the four kinds of noise were proportional to m "
+        f"to the power of {exponents}.": abs(powers + 0.5).max() < 0.05,
+        f"the mean variance of batches of {SIZES[0]} images was {ratio:.2f} of the "
+        f"true variance, versus {theory:.2f} in theory.": abs(ratio - theory) < 0.05,
+        f"population statistics were nearer the truth in {nearer:.0%} of comparisons. "
+        f"The last errors of mean and variance were: {end}.": nearer > 0.95,
     }
 
 
@@ -130,11 +133,11 @@ def main() -> None:
         batches = [rng.integers(4000, size=(200, m)) for m in SIZES]
         noises.append([noise(model, data[1], data[0].images[0], b) for b in batches])
     arrays = _, noises = np.array(tracks), np.array(noises)
-    table = [["m", *(f"Noise: {name}" for name in NOISES), "E(var_B) / true"]]
+    head = ["Images m", *(f"Noise: {name}" for name in NOISES)]
+    table = [[*head, "Mean batch variance / true variance"]]
     for m, n in zip(SIZES, noises.mean(0), strict=True):
         table.append([str(m), *(f"{std:.0%}" for std in n[:4]), f"{n[4]:.3f}"])
-    claim = "a batch's statistics are noise, as 1/√m; the population's serve inference."
-    claims = claim, judge(*arrays)
+    claims = CLAIM, judge(*arrays)
     lab.report(args, "batch_noise_and_population", draw(*arrays), table, claims)
 
 

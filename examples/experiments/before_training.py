@@ -19,8 +19,14 @@ from matplotlib.figure import Figure
 
 DEPTH = 32
 LINES = {"plain": ":", "skips": "-"}
-VARIANCES, GRADIENTS = "last variance / first", "largest gradient / median"
-EXPLOSION = "second gradient / last"
+KINDS = {"plain": "in plain networks", "skips": "in networks with skips"}
+VARIANCES = "Ratio of the last layer's variance to the first's"
+GRADIENTS = "Ratio of the largest gradient to the median"
+EXPLOSION = "Ratio of the second layer's gradient to the last's"
+CLAIM = (
+    "Without batch norm, activations grow with depth, and the gradients of a layer "
+    "have heavier tails."
+)
 
 
 @jax.jit(static_argnames="skips")
@@ -97,20 +103,16 @@ def main() -> None:
     args, (_, train) = lab.arguments(__doc__), lab.digits()
     batch = lab.Digits(train.images[:64], train.labels[:64])
     found = measure(args.pick(1, 5, 50), batch)
-    table, findings = [["network", "batch norm", VARIANCES, GRADIENTS, EXPLOSION]], {}
+    table, findings = [["Network", "Batch norm", VARIANCES, GRADIENTS, EXPLOSION]], {}
     for (kind, norm), (_, var, norms, gradients) in found.items():
         cells = growth(var), tail(gradients), explosion(norms)
         row = [kind, "yes" if norm else "no", *(lab.spread(c, ".3g") for c in cells)]
         table.append(row)
-    for kind in LINES:
-        for what, of, part in ((VARIANCES, growth, 1), (GRADIENTS, tail, 3)):
+    for kind, where in KINDS.items():
+        for quantity, of, part in ((VARIANCES, growth, 1), (GRADIENTS, tail, 3)):
             a, b = (of(found[kind, norm][part]) for norm in NAME)
-            text = f"{kind}: {what} {a.mean():.3g}, with batch norm {b.mean():.3g}"
-            findings[text] = a.min() > b.max()
-    claim = (
-        "without batch norm activations grow with depth, gradients have heavier tails."
-    )
-    lab.report(args, "before_training", draw(found), table, (claim, findings))
+            findings[f"{where}, {lab.versus(quantity, a, b)}"] = a.min() > b.max()
+    lab.report(args, "before_training", draw(found), table, (CLAIM, findings))
 
 
 if __name__ == "__main__":

@@ -148,6 +148,14 @@ def test_verdict_follows_findings(findings, word):
     assert [answer[:3] == "yes" for answer in answers] == [*map(bool, findings)]
 
 
+@pytest.mark.parametrize(
+    ("without", "shown"), [([1.0, 2.0], "1.5"), ([1.0, np.inf], "not reached")]
+)
+def test_versus_is_a_sentence(without, shown):
+    expected = f"the rate was 3.0 with batch norm, versus {shown} without."
+    assert lab.versus("Rate", without, [3.0], ".1f") == expected
+
+
 def test_report_writes_files_and_prints_verdict(tmp_path, capsys):
     args = lab.Arguments(quick=False, full=False, output=tmp_path / "new")
     claim = "x is y.", {"found 3": True}
@@ -162,13 +170,26 @@ def test_report_writes_files_and_prints_verdict(tmp_path, capsys):
 
 def test_quick_report_has_no_verdict(tmp_path, capsys):
     args = lab.Arguments(quick=True, full=False, output=tmp_path)
-    lab.report(args, "some", Figure(), [["a"]], ("x is y.", {"found": True}))
+    findings = {"found 3": True, "found 4": False}
+    lab.report(args, "some", Figure(), [["a"]], ("x is y.", findings))
     out, file = capsys.readouterr().out, (tmp_path / "some.md").read_text()
-    assert out.splitlines()[-1].startswith("Too short to say: ")
+    first, *rest = out.splitlines()[-3:]
+    assert first.startswith("Too short to say: ")
+    assert rest == ["- found 3", "- found 4"]
     for shown in (out, file):
         assert "Too short" in shown
-        assert "held" not in shown
-        assert "found" not in shown
+        for word in ("held", "did not hold", "yes", "no:"):
+            assert word not in shown
+
+
+def test_report_wraps_long_lines(tmp_path, capsys):
+    args = lab.Arguments(quick=False, full=False, output=tmp_path)
+    finding = "a finding of -0.50, " * 10
+    lab.report(args, "some", Figure(), [["a"]], ("x is y.", {finding: True}))
+    *_, first, second, last = capsys.readouterr().out.splitlines()
+    assert first.startswith("- yes: a finding")
+    assert max(map(len, (first, second, last))) <= 88
+    assert second.startswith("  ")
 
 
 @pytest.mark.parametrize("norm", [False, True])
@@ -371,7 +392,7 @@ def test_page_includes_each_experiment(name):
     assert f'--8<-- "{name}.md"' in PAGE
     assert (ROOT / "docs" / "experiments" / f"{name}.png").exists()
     assert "\n**Claim: " in written(name)
-    assert len(SCRIPTS[name].splitlines()) < 150
+    assert len(SCRIPTS[name].splitlines()) < 170
 
 
 def written(name):
@@ -388,8 +409,17 @@ def test_page_summary_matches_experiments():
     assert len(rows) == 17
     for claim, found, links in rows:
         text = "".join(results[number] for number in re.findall(r"\[(\d)\]", links))
-        text = text.replace(" %", "%")
-        for number in re.findall(r"(?<![\w^(])-?\d+(?:\.\d+)?%?", found):
-            as_share = f"{float(number.rstrip('%')) / 100:g}"
-            seen = [number] + [as_share] * number.endswith("%")
-            assert any(s in text for s in seen), (claim, number)
+        for number in re.findall(r"(?<![\w.])-?\d+(?:\.\d+)?%?", found):
+            stated = rf"(?<![\d.]){re.escape(number)}(?!\d|\.\d)"
+            assert re.search(stated, text), (claim, number)
+
+
+def test_percent_has_one_spelling():
+    for text in (PAGE, *SCRIPTS.values(), *map(written, SCRIPTS)):
+        assert not re.search(r"\d %", text)
+
+
+def test_each_quotation_has_a_source():
+    """A quotation is a paragraph of lines with ">"; its last line names the source."""
+    for quotation in re.findall(r"(?:^>.*\n)+", PAGE, re.MULTILINE):
+        assert "https://" in quotation, quotation
