@@ -28,10 +28,14 @@ def split_outputs(jaxpr: Any) -> Split:
     """Separate computed outputs from forwarded inputs and repeated outputs.
 
     `jit` returns a forwarded input, for example the residual x, as the same buffer; if
-    it were donated, the next call could not use it.
+    it were donated, the next call could not use it. An input with a name for
+    `jax.checkpoint` would be copied, which it is not inside a larger program.
     """
     known, computed, where = list(jaxpr.invars), [], []
+    names = [eqn for eqn in jaxpr.eqns if eqn.primitive.name == "name"]
+    unnamed = {eqn.outvars[0]: eqn.invars[0] for eqn in names}
     for position, out in enumerate(jaxpr.outvars):
+        out = unnamed.get(out, out)
         index = next((i for i, var in enumerate(known) if var is out), None)
         if index is None:
             index = len(known)

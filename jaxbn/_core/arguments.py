@@ -19,6 +19,7 @@ from .options import (
     check_train,
     check_unbiased,
     explain_forward_mode,
+    name_input,
 )
 from .running import to_batch_weight
 from .sync import check_axis_name, check_groups, explain_collectives
@@ -67,7 +68,7 @@ def check_arguments(
     )
     arguments = Arguments(
         *check_variables(params, state, x, options.axis),
-        x,
+        name_input(x, options.autodiff),
         check_mask(mask, x.shape),
         to_batch_weight(check_momentum(momentum)),
         check_epsilon(epsilon),

@@ -150,7 +150,7 @@ def _train(
     arguments: Arguments, options: StaticOptions
 ) -> tuple[Array, BatchNormState]:
     params, state, x, mask, batch_weight, epsilon = arguments
-    x_acc, x = in_accumulation_dtype(x, state, options)
+    x_acc = in_accumulation_dtype(x, state, options)
     mean, var, batch = batch_moments(state, x_acc, x, mask, options)
     state = update(state, batch, batch_weight, options.unbiased)
     return normalize_batch(params, mean, var, x_acc, x, epsilon, options), state

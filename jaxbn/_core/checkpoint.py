@@ -3,9 +3,7 @@
 from typing import TypeVar
 
 import jax
-from jax import Array
 from jax.ad_checkpoint import checkpoint_name
-from jax.typing import DTypeLike
 
 NAME = "jaxbn"
 _save_named = jax.checkpoint_policies.save_only_these_names(NAME)
@@ -16,19 +14,6 @@ Tree = TypeVar("Tree")  # a pytree of arrays
 def name_saved(tree: Tree) -> Tree:
     """Mark arrays for `checkpoint_policy`; no operation in the compiled program."""
     return checkpoint_name(tree, NAME)
-
-
-def save_and_widen(
-    x: Array, dtype: DTypeLike, closed_form: bool
-) -> tuple[Array, Array]:
-    """Return x in the accumulation dtype, and x as it is saved.
-
-    The gradient leaves through the first, so that its parts, from the statistics and
-    from the normalization, are added before they are rounded to x's dtype. With
-    `closed_form` the values come from the second.
-    """
-    x = name_saved(x) if closed_form else x
-    return x.astype(dtype), x
 
 
 def checkpoint_policy(primitive: object, *avals: object, **params: object) -> bool:

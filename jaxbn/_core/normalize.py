@@ -17,7 +17,6 @@ from jax.typing import ArrayLike, DTypeLike
 from jaxtyping import Float, Inexact
 
 from .axes import Axes, check_axis, reduction_axes
-from .checkpoint import save_and_widen
 from .dtypes import accumulation_dtype, real_dtype
 from .options import (
     Autodiff,
@@ -26,6 +25,7 @@ from .options import (
     check_input,
     check_output_dtype,
     explain_forward_mode,
+    name_input,
     uses_closed_form,
 )
 from .reductions import materialize_on_cpu, product_sums
@@ -87,12 +87,13 @@ def normalize(
     params = check_params(params, x, axes)
     mean = check_features("mean", mean, x, axes)
     var = check_features("var", var, x, axes)
+    autodiff = check_autodiff(autodiff)
     with explain_forward_mode():
         return normalize_by(
-            *(params, mean, var, x, check_epsilon(epsilon)),
+            *(params, mean, var, name_input(x, autodiff), check_epsilon(epsilon)),
             axis=axes,
             dtype=check_output_dtype(dtype, x.dtype),
-            autodiff=check_autodiff(autodiff),
+            autodiff=autodiff,
         )
 
 
@@ -109,15 +110,13 @@ def normalize_by(
     autodiff: Autodiff,
 ) -> Array:
     """Return y; every vector has the features' shape."""
-    closed_form = uses_closed_form(autodiff, x)
     acc_dtype = accumulation_dtype(x.dtype, mean.dtype, real_dtype(dtype))
-    x_acc, x = save_and_widen(x, acc_dtype, closed_form)
     mean, var = (expand_like(v, axis, x) for v in (mean, var))
     return normalize_expanded(
-        *(params, mean, var, x_acc, x, epsilon),
+        *(params, mean, var, x.astype(acc_dtype), x, epsilon),
         axis=axis,
         dtype=dtype,
-        closed_form=closed_form,
+        closed_form=uses_closed_form(autodiff, x),
     )
 
 

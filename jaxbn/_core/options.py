@@ -11,6 +11,7 @@ from jax.errors import ConcretizationTypeError, TracerBoolConversionError
 from jax.typing import ArrayLike, DTypeLike
 
 from .axes import Axes
+from .checkpoint import name_saved
 from .sync import AxisName, Groups
 
 Autodiff = Literal["custom_vjp", "jax"]
@@ -30,7 +31,7 @@ class StaticOptions(NamedTuple):
 
 def check_input(x: ArrayLike) -> Array:
     """Return `x` as a floating or complex array with at least one axis."""
-    x = jnp.asarray(x)
+    x = x if isinstance(x, Array) else jnp.asarray(x)  # which copies a traced x
     if not jnp.issubdtype(x.dtype, jnp.inexact):
         raise TypeError(
             f"x must be floating or complex; got {x.dtype} of shape {x.shape}. "
@@ -141,6 +142,15 @@ def check_autodiff(autodiff: Autodiff) -> Autodiff:
 def uses_closed_form(autodiff: Autodiff, x: Array) -> bool:
     """Decide on the derivative; a complex x takes the plain formula."""
     return autodiff == "custom_vjp" and not jnp.iscomplexobj(x)
+
+
+def name_input(x: Array, autodiff: Autodiff) -> Array:
+    """Mark x for `checkpoint_policy`; plain JAX names no arrays.
+
+    Do it outside of our own `jit`: the name hides that a residual is an input, which
+    `jit` returns as it is, and x would be copied.
+    """
+    return name_saved(x) if uses_closed_form(autodiff, x) else x
 
 
 @contextmanager

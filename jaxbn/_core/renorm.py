@@ -102,7 +102,7 @@ def _train(
     d_max: ArrayLike,
 ) -> tuple[Array, BatchNormState]:
     params, state, x, mask, batch_weight, epsilon = arguments
-    x_acc, x = in_accumulation_dtype(x, state, options)
+    x_acc = in_accumulation_dtype(x, state, options)
     mean, var, batch = batch_moments(state, x_acc, x, mask, options)
     mean_used, var_used = (squeeze_features(v, options.axis) for v in (mean, var))
     r, d = _correction(mean_used, var_used, state, epsilon, r_max, d_max)

@@ -13,7 +13,6 @@ from jax.typing import ArrayLike
 from jaxtyping import Float, Inexact
 
 from .axes import Axes, check_axis, reduction_axes, squeeze_features
-from .checkpoint import save_and_widen
 from .dtypes import accumulation_dtype
 from .moments import Moments, moments
 from .options import (
@@ -21,6 +20,7 @@ from .options import (
     check_autodiff,
     check_input,
     explain_forward_mode,
+    name_input,
     uses_closed_form,
 )
 from .sharding import shard_like
@@ -84,9 +84,10 @@ def batch_statistics(
         check_groups(axis_index_groups, axis_name),
         check_autodiff(autodiff),
     )
-    _, axis_name, groups, _ = options
+    _, axis_name, groups, autodiff = options
     with explain_collectives(axis_name, groups), explain_forward_mode():
-        return _batch_statistics(x, check_mask(mask, x.shape), *options)
+        named = name_input(x, autodiff)
+        return _batch_statistics(named, check_mask(mask, x.shape), *options)
 
 
 @partial(jax.jit, inline=True, static_argnums=(2, 3, 4, 5))
@@ -100,8 +101,7 @@ def _batch_statistics(
 ) -> BatchStatistics:
     closed_form = uses_closed_form(autodiff, x)
     batch = moments_of_all(
-        *save_and_widen(x, accumulation_dtype(x.dtype), closed_form),
-        mask,
+        *(x.astype(accumulation_dtype(x.dtype)), x, mask),
         axes=reduction_axes(axis, x.ndim),
         axis_name=axis_name,
         groups=groups,

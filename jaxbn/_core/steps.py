@@ -10,7 +10,6 @@ from jaxtyping import Inexact
 
 from .arguments import Arguments, explain_transformations
 from .axes import reduction_axes
-from .checkpoint import save_and_widen
 from .dtypes import accumulation_dtype, real_dtype
 from .moments import Moments
 from .normalize import normalize_by, normalize_expanded
@@ -34,10 +33,14 @@ def infer(arguments: Arguments, options: StaticOptions) -> Array:
 
 def in_accumulation_dtype(
     x: Array, state: BatchNormState, options: StaticOptions
-) -> tuple[Array, Array]:
-    """Return x in the dtype of a whole training step, and x as it is saved."""
+) -> Array:
+    """Return x in the dtype of a whole training step.
+
+    The gradient leaves through it, so that its parts, from the statistics and from the
+    normalization, are added before they are rounded to x's dtype.
+    """
     dtype = accumulation_dtype(x.dtype, state.mean.dtype, real_dtype(options.dtype))
-    return save_and_widen(x, dtype, uses_closed_form(options.autodiff, x))
+    return x.astype(dtype)
 
 
 def batch_moments(

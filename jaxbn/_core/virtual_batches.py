@@ -63,7 +63,7 @@ def train_by_virtual_batches(
     params = BatchNormParams(*map(per_group, params))
     running = state._replace(mean=per_group(state.mean), var=per_group(state.var))
 
-    x_acc, x = in_accumulation_dtype(x, state, options)
+    x_acc = in_accumulation_dtype(x, state, options)
     mean, var, batch = batch_moments(running, x_acc, x, mask, options)
     average = _average(batch, options.unbiased, axis_name)
     state = update(state, average, batch_weight, unbiased=False)

@@ -185,3 +185,23 @@ def test_flax_remat_takes_the_policy(network, rng):
     assert images[1] == 2 * DEPTH + 1 < images[0]
     gradients, expected = (jax.tree.leaves(r) for r in reversed(results))
     assert_near(gradients, expected)
+
+
+STEPS = {
+    "batch_norm": lambda x: jaxbn.batch_norm(*jaxbn.init(C), x, True)[0],
+    "inference": lambda x: jaxbn.batch_norm(*jaxbn.init(C), x, False)[0],
+    "batch_renorm": lambda x: jaxbn.batch_renorm(*jaxbn.init(C), x, True)[0],
+    "batch_statistics": lambda x: jaxbn.batch_statistics(x).var,
+    "normalize": lambda x: jaxbn.normalize(
+        jaxbn.init(C)[0], jnp.zeros(C), jnp.ones(C), x
+    ),
+}
+
+
+@pytest.mark.parametrize("step", STEPS.values(), ids=STEPS)
+def test_backward_keeps_the_callers_x_not_a_copy(step, rng):
+    x = jnp.asarray(rng.normal(size=SHAPE), jnp.float32)
+    _, vjp = jax.vjp(step, x)
+    kept = [a for a in jax.tree.leaves(vjp) if np.shape(a) == SHAPE]
+    pointers = {a.unsafe_buffer_pointer() for a in kept}
+    assert pointers == {x.unsafe_buffer_pointer()}
