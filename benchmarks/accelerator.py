@@ -81,7 +81,7 @@ def _start_and_wait(start: Callable[[], Any], calls: int) -> None:
 
 def torch_layer(task: Task, contiguous: bool) -> Run:
     """Return the same step in PyTorch, on features last or first."""
-    import torch
+    import torch  # pyright: ignore[reportMissingImports]
 
     def tensor(a: Any) -> Any:
         a = torch.from_numpy(np.asarray(a, np.float32).copy()).cuda()
@@ -107,7 +107,7 @@ def has_torch() -> bool:
     """Return whether PyTorch is installed and sees a GPU that JAX runs on too."""
     if jax.default_backend() != "gpu" or importlib.util.find_spec("torch") is None:
         return False
-    import torch
+    import torch  # pyright: ignore[reportMissingImports]
 
     return torch.cuda.is_available()
 
@@ -153,15 +153,15 @@ def compile_step(dtype: str, norm: str, kept: Any) -> tuple[Run, dict[str, Any]]
     variables = jax.jit(model.init)(jax.random.key(0), images)
     step = jax.jit(partial(train_step, model), donate_argnums=0)
     start = time.perf_counter()
-    program = step.lower(variables, images, labels).compile()
+    program: Any = step.lower(variables, images, labels).compile()
     seconds = time.perf_counter() - start
     variables, loss = program(variables, images, labels)
     holder = [variables]
 
     def run(calls: int) -> None:
         for _ in range(calls):
-            holder[0], cost = program(holder[0], images, labels)
-        jax.block_until_ready(cost)
+            holder[0], _ = program(holder[0], images, labels)
+        jax.block_until_ready(holder[0])
 
     figures = {
         "loss": float(loss),
