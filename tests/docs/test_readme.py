@@ -62,4 +62,5 @@ def test_quick_start_has_two_commands():
 def test_readme_and_start_page_install_alike():
     page = (Path(__file__).parents[2] / "docs/index.md").read_text()
     commands = [code_blocks(text, "sh")[0] for text in (README, page)]
-    assert commands == ["pip install -e '.[flax]'\n"] * 2
+    clone = "git clone https://github.com/jaxbn/jaxbn && cd jaxbn\n"
+    assert commands == [f"{clone}pip install -e '.[flax]'\n"] * 2
