@@ -1,10 +1,15 @@
-"""The dtypes of sums and statistics, real where x is complex."""
+"""Conversion of x, and the dtypes of sums and statistics, real where x is complex."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
-from jax.typing import DTypeLike
+from jax.typing import ArrayLike, DTypeLike
+
+
+def as_array(x: ArrayLike) -> Array:
+    """Return x as an array of JAX; a traced one, which `asarray` copies, as it is."""
+    return x if isinstance(x, Array) else jnp.asarray(x)
 
 
 def accumulation_dtype(*dtypes: DTypeLike) -> np.dtype:

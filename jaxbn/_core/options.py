@@ -12,6 +12,7 @@ from jax.typing import ArrayLike, DTypeLike
 
 from .axes import Axes
 from .checkpoint import name_saved
+from .dtypes import as_array
 from .sync import AxisName, Groups
 
 Autodiff = Literal["custom_vjp", "jax"]
@@ -31,7 +32,7 @@ class StaticOptions(NamedTuple):
 
 def check_input(x: ArrayLike) -> Array:
     """Return `x` as a floating or complex array with at least one axis."""
-    x = x if isinstance(x, Array) else jnp.asarray(x)  # which copies a traced x
+    x = as_array(x)
     if not jnp.issubdtype(x.dtype, jnp.inexact):
         raise TypeError(
             f"x must be floating or complex; got {x.dtype} of shape {x.shape}. "

@@ -13,7 +13,7 @@ from jax import Array, lax
 from jax.typing import ArrayLike, DTypeLike
 
 from .._core.axes import Axes, check_axis
-from .._core.dtypes import accumulation_dtype
+from .._core.dtypes import accumulation_dtype, as_array
 from .._core.options import Autodiff
 from .._core.renorm import batch_renorm
 from .._core.sync import Groups, check_groups
@@ -102,7 +102,7 @@ def ascending_axes(axis: int | Sequence[int], ndim: int) -> Axes:
 
 def as_inexact(x: ArrayLike) -> Array:
     """Convert integers to float32, as Flax does."""
-    x = jnp.asarray(x)
+    x = as_array(x)
     if jnp.issubdtype(x.dtype, jnp.inexact):
         return x
     return x.astype(accumulation_dtype(x.dtype))

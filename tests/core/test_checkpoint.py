@@ -187,6 +187,7 @@ def test_flax_remat_takes_the_policy(network, rng):
     assert_near(gradients, expected)
 
 
+# But for nnx, where Flax's `promote_dtype` copies an array that is traced.
 STEPS = {
     "batch_norm": lambda x: jaxbn.batch_norm(*jaxbn.init(C), x, True)[0],
     "inference": lambda x: jaxbn.batch_norm(*jaxbn.init(C), x, False)[0],
@@ -195,6 +196,9 @@ STEPS = {
     "normalize": lambda x: jaxbn.normalize(
         jaxbn.init(C)[0], jnp.zeros(C), jnp.ones(C), x
     ),
+    "linen": lambda x: jaxbn.linen.BatchNorm(False).init_with_output(
+        jax.random.key(0), x
+    )[0],
 }
 
 
