@@ -33,9 +33,8 @@ def split_outputs(jaxpr: Any) -> Split:
     """
     known, computed, where = list(jaxpr.invars), [], []
     names = [eqn for eqn in jaxpr.eqns if eqn.primitive.name == "name"]
-    unnamed = {eqn.outvars[0]: eqn.invars[0] for eqn in names}
     for position, out in enumerate(jaxpr.outvars):
-        out = unnamed.get(out, out)
+        out = next((e.invars[0] for e in names if e.outvars[0] is out), out)
         index = next((i for i, var in enumerate(known) if var is out), None)
         if index is None:
             index = len(known)
