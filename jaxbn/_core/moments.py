@@ -9,12 +9,14 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Inexact, Real
 
 from .axes import Axes
 from .checkpoint import name_saved
+from .dtypes import as_array
 from .reductions import materialize_on_cpu, plain_shifted_sums, shifted_sums
 from .sharding import match_vma
 from .shift import Guess
@@ -101,7 +103,8 @@ def _moments_vjp(
     return _moments_fwd(x_acc, x, weights, guess, axes)[0]
 
 
-Residuals = tuple[Array, Weights | None, Array]
+# x comes back as the caller gave it, perhaps in NumPy.
+Residuals = tuple[Array | np.ndarray, Weights | None, Array]
 
 
 def _moments_fwd(
@@ -128,6 +131,7 @@ def _moments_bwd(
     9.  ∂m2/∂xᵢ = 2 wᵢ (xᵢ - μ), with σ² = m2 / Σw
     """
     x, weights, mean = residuals
+    x = as_array(x)
     dmean, dm2 = cotangents
     offset = divide_by_count(dmean, total_weight(x, weights, axes))
     mean, offset, slope = materialize_on_cpu(x, mean, offset, 2 * dm2)

@@ -17,7 +17,7 @@ from jax.typing import ArrayLike, DTypeLike
 from jaxtyping import Float, Inexact
 
 from .axes import Axes, check_axis, reduction_axes
-from .dtypes import accumulation_dtype, real_dtype
+from .dtypes import accumulation_dtype, as_array, real_dtype
 from .options import (
     Autodiff,
     check_autodiff,
@@ -191,7 +191,8 @@ def _normalize_vjp(
 
 
 # A constant epsilon is a NumPy array in older versions of JAX.
-Residuals = tuple[Array, Array, Array, Array, Array | np.ndarray]
+# x and epsilon come back as the caller gave them, perhaps in NumPy.
+Residuals = tuple[Array | np.ndarray, Array, Array, Array, Array | np.ndarray]
 
 
 def _normalize_fwd(
@@ -223,6 +224,7 @@ def _normalize_bwd(
     7.  ∂x̂ᵢ/∂xᵢ   = (σ² + ε)^(-1/2)
     """
     x, mean, var, scale, epsilon = residuals
+    x = as_array(x)
     inv_std = inverse_std(var, epsilon)
     dbias, products = product_sums(dy, x, mean, var, axes)
     dscale = inv_std * products

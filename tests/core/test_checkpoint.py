@@ -209,3 +209,11 @@ def test_backward_keeps_the_callers_x_not_a_copy(step, rng):
     kept = [a for a in jax.tree.leaves(vjp) if np.shape(a) == SHAPE]
     pointers = {a.unsafe_buffer_pointer() for a in kept}
     assert pointers == {x.unsafe_buffer_pointer()}
+
+
+@pytest.mark.parametrize("step", STEPS.values(), ids=STEPS)
+def test_x_may_be_an_array_of_numpy(step, rng):
+    """Some JAX hand it to the backward pass as it came."""
+    x = rng.normal(size=SHAPE).astype(np.float32)
+    dy = jax.random.normal(jax.random.key(0), jax.eval_shape(step, x).shape)
+    assert_near(jax.vjp(step, x)[1](dy), jax.vjp(step, jnp.asarray(x))[1](dy))
