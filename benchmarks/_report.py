@@ -258,6 +258,15 @@ def save(data: dict, folder: Path) -> None:
         (folder / f"{name}.md").write_text(page)
 
 
+def write(name: str, results: dict, tables: list[Table], folder: Path) -> None:
+    """Write figures as JSON, and their tables as Markdown; say where."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / f"{name}.json").write_text(json.dumps(results, indent=1) + "\n")
+    page = "\n".join(table.markdown() for table in tables)
+    (folder / f"{name}.md").write_text(page)
+    print(f"Figures: {name}.json and {name}.md in {folder}")
+
+
 def show(data: dict, console: Console) -> None:
     """Print a section's tables."""
     for tables in pages(_to_json(data)).values():

@@ -8,7 +8,6 @@ layers if it sees the same GPU.
 
 import argparse
 import importlib.util
-import json
 import time
 from collections.abc import Callable
 from functools import partial
@@ -25,8 +24,8 @@ from . import _programs
 from ._libraries import LIBRARIES
 from ._machine import versions
 from ._networks import NETWORKS, NORMS
-from ._report import Table
-from ._resnet import ResNet, step_arguments, train_step
+from ._report import Table, write
+from ._resnet import Kept, ResNet, step_arguments, train_step
 from ._shapes import Shape
 from ._task import EPSILON, Task
 from ._timing import interleave, seconds_per_call, summarize
@@ -43,7 +42,11 @@ SHAPES = (
     Shape("dense", (65536, 1024)),
 )
 BATCH = 128
-KEPT = (("flax", "everything"), ("jaxbn", "everything"), ("jaxbn", "policy"))
+STEPS: tuple[tuple[str, Kept], ...] = (  # the norm, and what the backward pass keeps
+    ("flax", "everything"),
+    ("jaxbn", "everything"),
+    ("jaxbn", "policy"),
+)
 SAMPLE_SECONDS = 0.05  # of calls that the device runs back to back
 
 Run = Callable[[int], object]  # start so many calls, then wait for the last
@@ -144,7 +147,7 @@ def _sampler(run: Run) -> Callable[[], float]:
     return lambda: seconds_per_call(lambda: run(calls), 1) / calls
 
 
-def compile_step(dtype: str, norm: str, kept: Any) -> tuple[Run, dict[str, Any]]:
+def compile_step(dtype: str, norm: str, kept: Kept) -> tuple[Run, dict[str, Any]]:
     """Return a step of ResNet-50 that updates its variables, and its figures."""
     model = ResNet(NORMS[norm], jnp.dtype(dtype), NETWORKS["ResNet-50"], kept)
     _, image_shape, label_shape = step_arguments(model, BATCH)
@@ -174,7 +177,7 @@ def compile_step(dtype: str, norm: str, kept: Any) -> tuple[Run, dict[str, Any]]
 def time_steps(dtype: str, rng: np.random.Generator) -> list[dict[str, Any]]:
     """Return a row for each step; all are resident while they are timed."""
     runs, figures = {}, {}
-    for case in track(KEPT, f"compiling, {dtype}"):
+    for case in track(STEPS, f"compiling, {dtype}"):
         runs[case], figures[case] = compile_step(dtype, *case)
     return [
         {"dtype": dtype, "norm": case[0], "kept": case[1]}
@@ -237,13 +240,8 @@ def main() -> None:
     if steps:
         tables.append(step_table(steps, device))
         console.print(tables[1].rich())
-    args.output.mkdir(parents=True, exist_ok=True)
     results = {"device": device, "versions": versions(), "layers": layers}
-    text = json.dumps(results | {"steps": steps}, indent=1)
-    (args.output / "accelerator.json").write_text(text + "\n")
-    page = "\n".join(table.markdown() for table in tables)
-    (args.output / "accelerator.md").write_text(page)
-    print(f"Figures: accelerator.json and accelerator.md in {args.output}")
+    write("accelerator", results | {"steps": steps}, tables, args.output)
 
 
 if __name__ == "__main__":

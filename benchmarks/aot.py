@@ -10,7 +10,6 @@ two sums; read both again and write dx).
 """
 
 import argparse
-import json
 import math
 import platform
 from collections.abc import Callable
@@ -30,7 +29,7 @@ import jaxbn.linen
 
 from . import _networks
 from ._networks import NORMS
-from ._report import Table
+from ._report import Table, write
 from ._topology import COMPILER_PACKAGES, Chip, describe
 
 DTYPES = ("float32", "bfloat16")
@@ -204,13 +203,8 @@ def main() -> None:
     if steps:
         tables.append(_networks.table(steps, args.platform))
         console.print(tables[1].rich())
-    args.output.mkdir(parents=True, exist_ok=True)
     results = {"versions": versions(args.platform), "layers": layers, "steps": steps}
-    name = f"aot-{args.platform}"
-    (args.output / f"{name}.json").write_text(json.dumps(results, indent=1))
-    page = "\n".join(table.markdown() for table in tables)
-    (args.output / f"{name}.md").write_text(page)
-    print(f"Figures: {name}.json and {name}.md in {args.output}")
+    write(f"aot-{args.platform}", results, tables, args.output)
 
 
 if __name__ == "__main__":

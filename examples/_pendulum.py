@@ -7,6 +7,7 @@ from typing import NamedTuple
 import gymnasium
 import jax.numpy as jnp
 import numpy as np
+from _training import COLOR
 from gymnasium.vector import SyncVectorEnv
 from jax import Array
 from matplotlib.figure import Figure
@@ -117,7 +118,9 @@ def draw(curves: dict[str, Returns]) -> Figure:
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     axes = figure.subplots()
     for (name, returns), style in zip(
-        curves.items(), (("#D55E00", ":"), ("#0072B2", "-"), ("k", "--")), strict=True
+        curves.items(),
+        ((COLOR[False], ":"), (COLOR[True], "-"), ("k", "--")),
+        strict=True,
     ):
         steps, each, (color, line) = list(returns), np.stack([*returns.values()]), style
         axes.plot(steps, each.mean(1), color=color, ls=line, label=name)

@@ -9,6 +9,9 @@ from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 
+# Without and with batch norm: of Okabe & Ito, for colour-blind readers too.
+COLOR = {False: "#D55E00", True: "#0072B2"}
+
 
 def make_parser(
     description: str | None, quick: str, seed: str = "seed of all random numbers"

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 import optax
 from _digits import load_digits, random_batches
-from _training import make_parser
+from _training import COLOR, make_parser
 from jax import Array, lax
 from matplotlib.figure import Figure
 from rich.console import Console
@@ -97,7 +97,7 @@ def draw(runs: list[tuple]) -> Figure:
     """Plot loss and accuracy by step: blue with batch norm, dashed at rate 0.1."""
     figure = Figure(figsize=(8, 4.6), layout="constrained")
     left, right = figure.subplots(1, 2)
-    styles = itertools.product(("--", "-"), ("#D55E00", "#0072B2"))
+    styles = itertools.product(("--", "-"), COLOR.values())
     for (name, losses, accuracies, _), (line, color) in zip(runs, styles, strict=True):
         style = {"label": name, "ls": line, "color": color}
         left.semilogy(np.convolve(losses, np.full(10, 0.1), "valid"), **style)

@@ -11,7 +11,7 @@ import jax
 import numpy as np
 import optax
 from _digits import load_digits
-from _training import make_parser
+from _training import COLOR, make_parser
 from jax import Array, lax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -24,8 +24,8 @@ import jaxbn.linen
 
 STYLES = [  # of the four ways; the first is visible behind the lines that equal it
     {"color": "#BBBBBB", "lw": 5},
-    {"color": "#D55E00", "lw": 1.3},
-    {"color": "#0072B2", "lw": 1.3},
+    {"color": COLOR[False], "lw": 1.3},
+    {"color": COLOR[True], "lw": 1.3},
     {"color": "#000000", "lw": 1.3, "ls": ":"},
 ]
 
