@@ -79,6 +79,12 @@ def effective_size(w):
     return np.where(squares > 0, 1 / np.where(squares > 0, squares, 1), 0)
 
 
+def weighted_mean(x, w, total):
+    """Return Σ w x / total; the mean of equal values is exactly their value."""
+    mu = (w * x).sum(0) / total
+    return mu + (w * (x - mu)).sum(0) / total
+
+
 def train_step(
     case, *, axis=-1, momentum=0.99, epsilon=1e-5, unbiased=True, mask=None
 ) -> Result:
@@ -94,7 +100,7 @@ def train_step(
     m = np.where(some, weight, 1)
 
     # Forward, Algorithm 1.
-    mu = np.where(some, (w * x).sum(0) / m, case.mean)
+    mu = np.where(some, weighted_mean(x, w, m), case.mean)
     sigma2 = np.where(some, (w * (x - mu) ** 2).sum(0) / m, case.var)
     inv_std = 1 / np.sqrt(sigma2 + epsilon)
     x_hat = (x - mu) * inv_std
@@ -151,7 +157,7 @@ def batch_moments(case, axis=-1, mask=None):
     w = np.ones(case.x.shape) if mask is None else np.broadcast_to(mask, case.x.shape)
     x, w = (flatten_elements(np.asarray(a, np.float64), axis) for a in (case.x, w))
     some, total = w.sum(0) > 0, np.where(w.sum(0) > 0, w.sum(0), 1)
-    mu = (w * x).sum(0) / total
+    mu = weighted_mean(x, w, total)
     var = (w * (x - mu) ** 2).sum(0) / total
     return np.where(some, mu, case.mean), np.where(some, var, case.var)
 

@@ -114,3 +114,15 @@ def test_variance_of_one_element_counted_three_times_is_zero(seed):
     case = rounded(random_case(rng, (1, 1)), "float32")
     options = {"momentum": 0.0, "unbiased": False, "mask": np.full((1, 1), 3)}
     assert_close(run(case, **options), train_step(case, **options), 2e-5)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_one_element_of_large_weight_matches_oracle(seed, x64):
+    """Its variance is 0; rows without weight are 1e10 away, epsilon's root 0.003."""
+    shape = (4, 3, 1)
+    case = rounded(
+        random_case(np.random.default_rng(seed), shape, 0, 0, 1e10), "float64"
+    )
+    mask = np.float32([[1e8], [0], [0]])
+    options = {"axis": 0, "momentum": None, "unbiased": False, "mask": mask}
+    assert_close(run(case, **options), train_step(case, **options), 1e-11)
