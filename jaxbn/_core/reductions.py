@@ -25,7 +25,7 @@ from jaxtyping import Float, Inexact
 from .axes import Axes
 from .column_sums import sum_columns
 from .dtypes import abs_square
-from .sharding import match_vma
+from .sharding import match_vma, shard_like
 from .shift import Guess, guessed_shift, sample, sums_are_accurate
 from .weights import (
     Count,
@@ -121,7 +121,8 @@ def _sums_shifted_by_guess_if_safe(
     shift = guessed_shift(guess, dtype)
     total, squares = _sums_shifted_by(shift, x, x, weights, axes, dtype)
     _, is_safe = _offset_and_accuracy(total, squares, total_weight(x, weights, axes))
-    near = match_vma(jnp.broadcast_to(shift, total.shape), total, squares)
+    shift = shard_like(jnp.broadcast_to(shift, total.shape), total)
+    near = match_vma(shift, total, squares)
     # The near branch is handed nothing: libtpu 0.0.52 dies of a conditional with a
     # branch that is handed all results of a fusion.
     far = lax.cond(

@@ -68,6 +68,7 @@ def _check_features(
             f"{batch.mean.shape} and batch.var {batch.var.shape}. Pass "
             "batch_statistics the axis of the layer."
         )
+    batch = batch._replace(n=jnp.broadcast_to(batch.n, batch.var.shape))
     if jnp.iscomplexobj(batch.mean):
         mean = state.mean.astype(accumulation_dtype(batch.mean.dtype, state.mean.dtype))
         state = state._replace(mean=mean)

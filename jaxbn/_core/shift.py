@@ -29,10 +29,10 @@ MAX_SQUARED_OFFSET_TO_VAR = 16
 def sums_are_accurate(offset: Array, var: Array) -> Bool[Array, ""]:
     """Decide whether a shift is near enough for every feature; `offset` is μ - s.
 
-    It is not if the variance is NaN, from squares that overflowed.
+    It is not if the variance is infinite or NaN, from squares that overflowed.
     """
     is_near = abs_square(offset) <= MAX_SQUARED_OFFSET_TO_VAR * var
-    return _all(lax.stop_gradient(is_near))
+    return _all(lax.stop_gradient(is_near & jnp.isfinite(var)))
 
 
 @custom_vmap

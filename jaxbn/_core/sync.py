@@ -103,7 +103,9 @@ def merge(local: Moments, axis_name: AxisName | None, groups: Groups | None) -> 
     weight, weighted = total(weights, weights.astype(means.dtype) * means)
     mean = divide_by_count(weighted, weight)
     shares = divide_by_count(weights, weight[None])
-    variances = shares * (variances + abs_square(means - mean[None]))
+    # A share without elements has mean 0, whose distance, squared, may overflow.
+    distances = jnp.where(weights > 0, means - mean[None], 0)
+    variances = shares * (variances + abs_square(distances))
     if not sums:
         (var,) = total(variances)
         return Moments(mean, var, weight)

@@ -123,6 +123,6 @@ def test_one_element_of_large_weight_matches_oracle(seed, x64):
     case = rounded(
         random_case(np.random.default_rng(seed), shape, 0, 0, 1e10), "float64"
     )
-    mask = np.float32([[1e8], [0], [0]])
+    mask = np.array([[1e8], [0], [0]], np.float32)
     options = {"axis": 0, "momentum": None, "unbiased": False, "mask": mask}
     assert_close(run(case, **options), train_step(case, **options), 1e-11)

@@ -301,6 +301,20 @@ def test_deviations_up_to_the_overflow_bound_are_normalized(n, safe, rng):
         np.testing.assert_allclose(np.std(y), 1 if fits else 0, rtol=1e-4)
 
 
+@pytest.mark.parametrize("rows", [64, 4096])  # small and large for a CPU
+@pytest.mark.parametrize("masked", [False, True], ids=["no mask", "mask"])
+def test_squares_of_the_mean_may_overflow(rows, masked, rng):
+    """Σ(x-s)² overflows for s = 0, and is far from that for s near the mean."""
+    x = (1e18 + 1e14 * rng.normal(size=(rows, 128))).astype(np.float32)
+    mask = np.ones((rows, 1), bool) if masked else None
+    y, new = jaxbn.batch_norm(*jaxbn.init(128), x, True, momentum=0.0, mask=mask)
+    exact = x.astype(np.float64)
+    np.testing.assert_allclose(new.mean, exact.mean(0), rtol=1e-6)
+    np.testing.assert_allclose(new.var, exact.var(0, ddof=1), rtol=1e-5)
+    y_exact = (exact - exact.mean(0)) / exact.std(0)
+    np.testing.assert_allclose(y, y_exact, atol=1e-2)  # x has steps of 7e10
+
+
 def batch_statistics(x, **options):
     """Return mean and biased variance of one batch, by the public API."""
     params, state = jaxbn.init(x.shape[-1])

@@ -161,6 +161,25 @@ def test_bfloat16_and_plain_autodiff_match_oracle(way, mask, dtype, autodiff, rn
     assert_close(actual, train_step(case, mask=mask), TOLERANCE[dtype])
 
 
+def test_a_fully_masked_shard_leaves_huge_means_alone(rng):
+    """Its own mean is 0: at a distance from the mean whose square overflows."""
+    x = (3e19 + 1e15 * rng.normal(size=(2, 8, C))).astype(np.float32)
+    mask = np.array([False, True])[:, None, None] & np.ones((2, 8, 1), bool)
+
+    @partial(jax.vmap, axis_name="data", out_axes=(0, None))
+    def step(x, mask):
+        return jaxbn.batch_norm(
+            *jaxbn.init(C), x, True, momentum=0.0, axis_name="data", mask=mask
+        )
+
+    y, new = step(x, mask)
+    exact = x[1].astype(np.float64)
+    np.testing.assert_allclose(new.mean, exact.mean(0), rtol=1e-6)
+    np.testing.assert_allclose(new.var, exact.var(0, ddof=1), rtol=1e-4)
+    want = (exact - exact.mean(0)) / exact.std(0)
+    np.testing.assert_allclose(y[1], want, atol=1e-2)
+
+
 @pytest.mark.parametrize("shape", [SHAPE, (64, C), (64, 3, 3, C)], ids=str)
 def test_explicit_sharding_matches_oracle(shape, rng):
     case = rounded(random_case(rng, shape), "float32")

@@ -7,13 +7,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from helpers import assert_near, rounded
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from layer_apis import APIS
 from oracle import inference, random_case, train_step
 
-import jaxbn
+import jaxbn.linen
+import jaxbn.nnx
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")
 C = 8
@@ -130,3 +132,50 @@ def test_rows_may_be_manual_and_features_explicit(check_vma, inside, masked, mes
     want = train_step(case, mask=mask)
     assert_near((y, new.mean, new.var), (want.y, want.mean, want.var), 2e-5)
     assert_near((dx, *dparams), (want.dx, want.dscale, want.dbias), 2e-5)
+
+
+@pytest.mark.parametrize("masked", [False, True], ids=["no mask", "mask"])
+@pytest.mark.parametrize("spec", SPECS, ids=str)
+def test_statistics_and_population_of_sharded_features(spec, masked, mesh, rng):
+    """The parts and the population have no running mean that could guess one."""
+    x = rng.normal(3.0, 2.0, size=(16, C)).astype(np.float32)
+    mask = (rng.random((16, 1)) < 0.7) if masked else np.ones((16, 1), bool)
+    kept = x[mask[:, 0]].astype(np.float64)
+    mean, var, biased = kept.mean(0), kept.var(0, ddof=1), kept.var(0)
+    with jax.set_mesh(mesh):
+        placed = jax.device_put(x, spec)
+        weights = jnp.asarray(mask) if masked else None
+        batch = jaxbn.batch_statistics(placed, mask=weights)
+        _, state = jaxbn.init(C)
+        scalar = batch._replace(n=len(kept))
+        new = jaxbn.update_running_stats(state, scalar, momentum=0.0)
+        population = jaxbn.population([(placed, weights)] if masked else [placed])
+    assert_near((batch.mean, batch.var), (mean, biased), 1e-6)
+    assert_near((new.mean, new.var), (mean, var), 1e-6)
+    assert_near((population.mean, population.var), (mean, var), 1e-6)
+
+
+@pytest.mark.parametrize("library", [*APIS])
+@pytest.mark.parametrize("spec", SPECS, ids=str)
+def test_population_of_a_model_with_sharded_features(spec, library, mesh, rng):
+    x = rng.normal(3.0, 2.0, size=(16, C)).astype(np.float32)
+    with jax.set_mesh(mesh):
+        got = POPULATIONS[library](jax.device_put(x, spec))
+    exact = x.astype(np.float64)
+    assert_near(got, (exact.mean(0), exact.var(0, ddof=1)), 1e-6)
+
+
+def linen_population(x):
+    model = jaxbn.linen.BatchNorm(use_running_average=False)
+    variables = model.init(jax.random.key(0), np.zeros(x.shape, np.float32))
+    stats = jaxbn.linen.population(model, variables, [x])["batch_stats"]
+    return stats["mean"], stats["var"]
+
+
+def nnx_population(x):
+    model = jaxbn.nnx.BatchNorm(C, rngs=nnx.Rngs(0))
+    jaxbn.nnx.population(model, [x])
+    return model.mean[...], model.var[...]
+
+
+POPULATIONS = {"linen": linen_population, "nnx": nnx_population}
