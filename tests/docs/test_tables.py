@@ -5,6 +5,7 @@ import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -60,7 +61,7 @@ def results_of_layers() -> dict[str, list[str]]:
 
 
 def test_times_are_the_results():
-    ((_, *rows),) = read_tables(SUMMARY)
+    *_, (_, *rows) = read_tables(SUMMARY)
     results = results_of_layers()
     assert len(rows) == 7
     for library, *cells in rows:
@@ -121,6 +122,42 @@ def test_vmap_times_are_the_results():
 def test_step_times_are_the_results():
     (results,) = read_tables(RESULTS / "step.md")
     say(SUMMARY, *(row["ms"].split()[0] for row in as_dicts(results)))
+
+
+def steps_of(chip: str, **case: str | int) -> list[dict[str, Any]]:
+    """Return the figures of jaxbn's and of Flax's step, counted for this chip."""
+    case = {"kept": "everything", "chips": 1, **case}
+    steps = json.loads((RESULTS / f"aot-{chip}.json").read_text())["steps"]
+    found = [step for step in steps if case.items() <= step.items()]
+    return sorted(found, key=lambda step: step["norm"], reverse=True)
+
+
+def tpu_ratio(network: str, batch: int, chips: int, dtype: str, figure: str) -> str:
+    case = {"network": network, "batch": batch, "chips": chips, "dtype": dtype}
+    own, flax = steps_of("v5e", **case)
+    assert own["all_reduces"] <= flax["all_reduces"]
+    return f"{own[figure] / flax[figure]:.2f}"
+
+
+def test_tpu_steps_are_the_results():
+    (_, *rows), *_ = read_tables(SUMMARY)
+    networks = [("ResNet-50", 32, 1), ("ResNet-50", 128, 1)]
+    networks += [("stem + 2 bottlenecks", 128, chips) for chips in (1, 4)]
+    for (_, *cells), network in zip(rows, networks, strict=True):
+        assert cells == [
+            tpu_ratio(*network, dtype, figure)
+            for figure in ("cycles", "traffic")
+            for dtype in ("float32", "bfloat16")
+        ]
+    bfloat16 = rows[0][2], rows[1][2], rows[0][4], rows[1][4]
+    say(README, *bfloat16, "{2} and {3} times its bytes".format(*bfloat16))
+
+
+def test_tpu_layers_are_the_results():
+    rows = json.loads((RESULTS / "aot-v5e.json").read_text())["layers"]
+    for own, flax in zip(rows[::2], rows[1::2], strict=True):
+        for program in ("forward", "both", "backward", "separate"):
+            assert own[program] <= 1.0055 * flax[program]
 
 
 def test_gpu_bytes_are_the_results():
