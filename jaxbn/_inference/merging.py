@@ -1,6 +1,6 @@
 """One state of several: clients, unsynchronized replicas, parts of a data set."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -9,12 +9,12 @@ from jax import Array
 from jax.core import Tracer
 from jax.typing import ArrayLike
 
-from .._core.dtypes import abs_square
+from .._core.dtypes import abs_square, accumulation_dtype, real_dtype
 from .._core.variables import BatchNormState, check_kind
 
 
 def merge_states(
-    states: Sequence[BatchNormState],
+    states: Iterable[BatchNormState],
     weights: ArrayLike | Sequence[ArrayLike] | None = None,
 ) -> BatchNormState:
     """Merge running statistics by the law of total variance.
@@ -30,7 +30,8 @@ def merge_states(
     - `weights`: one for each state, for instance its number of examples; their scale
       does not matter. A state of weight 0 is left out. Equal weights if `None`.
 
-    **Returns** a state in the dtypes of the first one. Its `count` is the sum.
+    **Returns** a state in the dtypes of the states, promoted where they differ. The
+    sums are taken in float32 at least. Its `count` is the sum.
 
     **Raises** `ValueError` for no states, other shapes, or weights that are negative or
     all 0; `TypeError` for other tuples.
@@ -42,26 +43,41 @@ def merge_states(
     >>> merged.mean, merged.var  # 1 + (30 · 1² + 10 · 3²) / 40
     (Array([1.], dtype=float32), Array([4.], dtype=float32))
     """
-    first, *_ = states = _check_states(states)
-    means, variances, counts = (jnp.stack(v) for v in zip(*states, strict=True))
-    shares = _check_weights(weights, len(states), variances.dtype)
-    shares = shares.reshape(-1, *(1,) * first.mean.ndim)
+    means, variances, counts = map(_stack, zip(*_check_states(states), strict=True))
+    mean_wide, var_wide = _widen(means, variances)
+    shares = _check_weights(weights, len(counts), var_wide.dtype)
+    shares = shares.reshape(-1, *(1,) * (means.ndim - 1))
 
     def average(values: Array) -> Array:
         terms = shares.astype(values.dtype) * values
         return jnp.sum(jnp.where(shares > 0, terms, 0), 0)
 
-    mean = average(means)
-    var = average(variances + abs_square(means - mean[None]))
-    return BatchNormState(mean, var, jnp.sum(counts, 0, dtype=first.count.dtype))
+    mean = average(mean_wide)
+    var = average(var_wide + abs_square(mean_wide - mean[None]))
+    count = jnp.sum(counts, 0, dtype=counts.dtype)
+    return BatchNormState(mean.astype(means.dtype), var.astype(variances.dtype), count)
 
 
-def _check_states(states: Sequence[BatchNormState]) -> list[BatchNormState]:
-    """Return the states as arrays of equal shapes, in the dtypes of the first."""
-    if isinstance(states, BatchNormState) or not states:
+def _stack(arrays: Sequence[Array]) -> Array:
+    """Stack arrays in their common dtype: complex if one of them is."""
+    with jax.numpy_dtype_promotion("standard"):  # "strict" refuses two dtypes
+        return jnp.stack(arrays)
+
+
+def _widen(means: Array, variances: Array) -> tuple[Array, Array]:
+    """Return means and variances in the dtype of sums, which squares do not outgrow."""
+    dtype = accumulation_dtype(means.dtype, variances.dtype)
+    return means.astype(dtype), variances.astype(real_dtype(dtype))
+
+
+def _check_states(states: Iterable[BatchNormState]) -> list[BatchNormState]:
+    """Return the states as arrays of equal shapes."""
+    alone = isinstance(states, BatchNormState)
+    states = list(states)
+    if alone or not states:
         raise ValueError(
-            "states must be a sequence of at least one BatchNormState; got "
-            f"{'one state alone' if states else 'none'}. Pass [state, ...]."
+            "states must be an iterable of at least one BatchNormState; got "
+            f"{'one state alone' if alone else 'none'}. Pass [state, ...]."
         )
     for state in states:
         check_kind("each of states", state, BatchNormState, "Pass [state, ...]")
@@ -72,7 +88,7 @@ def _check_states(states: Sequence[BatchNormState]) -> list[BatchNormState]:
             f"states must have the same features; got shapes {shapes} of mean, var and "
             "count. Merge the states of one layer at a time."
         )
-    return [jax.tree.map(lambda a, b: a.astype(b.dtype), s, states[0]) for s in states]
+    return states
 
 
 def _check_weights(

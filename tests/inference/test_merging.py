@@ -56,13 +56,47 @@ def test_one_state_is_returned(rng):
     assert_near(tuple(jaxbn.merge_states([state], [5])), tuple(state))
 
 
-def test_dtypes_are_those_of_the_first(rng):
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_narrow_states_are_merged_in_float32(dtype):
+    states = [
+        jaxbn.BatchNormState(
+            jnp.array([mean], dtype), jnp.ones(1, dtype), jnp.float32(1)
+        )
+        for mean in (1000, 1004)
+    ]
+    merged = jaxbn.merge_states(states, [70_000, 70_000])  # more than float16 holds
+    assert [a.dtype for a in merged] == [dtype, dtype, jnp.float32]
+    # 1002 lies between two values of bfloat16.
+    np.testing.assert_array_equal(merged.mean, jnp.array([1002], dtype))
+    np.testing.assert_array_equal(merged.var, jnp.array([5], dtype))
+
+
+def test_dtypes_are_promoted_where_they_differ(rng):
     (state,) = states_of([rng.normal(size=(9, C))])
     narrow = jaxbn.BatchNormState(
         state.mean.astype(jnp.bfloat16), state.var.astype(jnp.bfloat16), jnp.int32(2)
     )
-    merged = jaxbn.merge_states([narrow, state])
-    assert [a.dtype for a in merged] == [jnp.bfloat16, jnp.bfloat16, jnp.int32]
+    for states, dtype in (([narrow, narrow], jnp.bfloat16), ([narrow, state], "f4")):
+        merged = jaxbn.merge_states(states)
+        assert [a.dtype for a in merged[:2]] == [dtype, dtype]
+    assert jaxbn.merge_states([narrow, narrow]).count.dtype == jnp.int32
+
+
+def test_one_complex_mean_makes_the_merged_mean_complex():
+    real, imaginary = (
+        jaxbn.BatchNormState(jnp.array([mean]), jnp.ones(1), jnp.float32(1))
+        for mean in (1.0, 1 + 2j)
+    )
+    for states in ([real, imaginary], [imaginary, real]):
+        merged = jaxbn.merge_states(states)
+        assert_near(tuple(merged[:2]), (np.array([1 + 1j]), np.array([2.0])))
+        assert merged.var.dtype == jnp.float32
+
+
+def test_states_may_be_a_generator(rng):
+    states = states_of([rng.normal(m, 2, size=(9, C)) for m in (1, 5)])
+    merged = jaxbn.merge_states(state for state in states)
+    assert_near(tuple(merged), tuple(jaxbn.merge_states(states)))
 
 
 def test_complex_means(rng):
@@ -93,6 +127,7 @@ def test_weights_may_be_traced(rng):
     ("states", "weights", "error", "message"),
     [
         ([], None, ValueError, "at least one BatchNormState; got none"),
+        (iter([]), None, ValueError, "at least one BatchNormState; got none"),
         (jaxbn.init(C)[1], None, ValueError, "got one state alone"),
         ([jaxbn.init(C)], None, TypeError, "each of states must be a BatchNormState"),
         ([jaxbn.init(C)[1], jaxbn.init(4)[1]], None, ValueError, "the same features"),
