@@ -82,14 +82,21 @@ def check_epsilon(epsilon: ArrayLike) -> float | Array:
 
 
 def check_limit(name: str, limit: ArrayLike, minimum: int) -> float | Array:
-    """Return `limit` as a number of at least `minimum`, if its value is known."""
-    limit = _check_scalar(name, limit)
-    if isinstance(limit, float) and not limit >= minimum:
+    """Return `limit` as a number of at least `minimum`.
+
+    An array is raised to it: rounding can leave that of a schedule just below.
+    """
+    value = _check_scalar(name, limit)
+    if isinstance(value, Array):
+        return jnp.maximum(value, minimum)
+    if isinstance(limit, Array):
+        value = float(np.maximum(value, minimum))  # NaN stays NaN
+    if not value >= minimum:
         raise ValueError(
-            f"{name} must be at least {minimum}; got {limit}. "
+            f"{name} must be at least {minimum}; got {value}. "
             "With r_max=1 and d_max=0 batch renorm is batch norm."
         )
-    return limit
+    return value
 
 
 def _check_scalar(name: str, value: ArrayLike) -> float | Array:

@@ -52,7 +52,8 @@ def batch_renorm(
 
     - `r_max`: at least 1; `d_max`: at least 0, for complex `x` the bound of |d|. Both
       may be traced scalars: the paper starts with 1 and 0, and raises them to 3 and 5
-      once the running statistics are right.
+      once the running statistics are right. A JAX array below counts as 1 or 0, since
+      a schedule's rounding can leave it there; a Python number below is an error.
     - The others are those of `batch_norm`.
 
     **Returns** `(y, new_state)`, as `batch_norm`.

@@ -157,7 +157,9 @@ def _batch_renorm(
 
 def _limit_at_step(limit: Limit, state: BatchNormState) -> ArrayLike:
     """Return a limit of batch renorm: a number, or a schedule at the layer's step."""
-    return limit(state.count.astype(jnp.int32)) if callable(limit) else limit
+    if callable(limit):
+        return jnp.asarray(limit(state.count.astype(jnp.int32)))
+    return limit
 
 
 def mapped_names(axis_name: AxisNames | None) -> tuple[str, ...] | None:

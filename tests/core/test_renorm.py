@@ -98,6 +98,22 @@ def test_limits_may_be_traced(rng):
         assert_near(step(case.x, *limits), renorm_step(fresh, **options).y)
 
 
+@pytest.mark.parametrize("transform", [lambda f: f, jax.jit])
+@pytest.mark.parametrize("r_max", [1 - 2**-24, 0.5])
+def test_arrays_below_the_limits_count_as_one_and_zero(r_max, transform, rng):
+    """Rounding leaves the first value of a schedule below 1, at any r."""
+    params, state = jaxbn.init(C)
+    for std in (0.3, 1.9):  # r below and above 1
+        x = jnp.asarray(std * rng.normal(size=SHAPE), jnp.float32)
+
+        def step(r_max, d_max, x=x):
+            options: dict[str, Any] = {"r_max": r_max, "d_max": d_max}
+            return jaxbn.batch_renorm(params, state, x, True, **options)[0]
+
+        y = transform(step)(jnp.float32(r_max), jnp.float32(-1e-7))
+        np.testing.assert_array_equal(y, transform(step)(1.0, 0.0))
+
+
 def test_wholly_masked_batch_is_inference(rng):
     case = rounded(random_case(rng, SHAPE), "float32")
     mask = np.zeros(SHAPE, bool)
@@ -165,6 +181,8 @@ def test_matches_keras(rng):
         ({"r_max": 0.9}, ValueError, "r_max must be at least 1; got 0.9"),
         ({"d_max": -1.0}, ValueError, "d_max must be at least 0; got -1.0"),
         ({"d_max": float("nan")}, ValueError, "d_max must be at least 0; got nan"),
+        ({"r_max": jnp.float32("nan")}, ValueError, "r_max must be at least 1; got n"),
+        ({"r_max": jnp.ones(1)}, TypeError, "r_max must be a Python number or a tra"),
         ({"r_max": "wide"}, TypeError, "r_max must be a Python number or a traced"),
         ({"train": None}, TypeError, "train must be a Python bool"),
     ],

@@ -89,6 +89,16 @@ def test_renorm_follows_schedules_of_its_own_step(create, case):
         case = case._replace(mean=want.mean, var=want.var, x=1.5 * case.x + 0.4)
 
 
+def test_renorm_rounds_no_schedule_below_its_limits(create, case):
+    """optax's first value is 0.99999988 in float32."""
+    r_max = optax.linear_schedule(1.0, 2.1, 1000)
+    assert float(np.asarray(r_max(0))) < 1
+    for limit in (r_max, lambda step: 0.5):
+        layer = create("renorm", r_max=limit, d_max=lambda step: -1e-7)
+        plain = create("renorm", r_max=1.0, d_max=0.0)
+        assert_same(layer(case.x), plain(case.x), 0)
+
+
 def test_renorm_of_equal_weights_shares_the_count(create, case):
     layer = create("renorm", r_max=lambda step: 1.0 + step, momentum=None)
     for step in range(3):
