@@ -125,14 +125,19 @@ def _correction(
     epsilon = jnp.asarray(epsilon, var.dtype)
     r_max, d_max = (jnp.asarray(limit, var.dtype) for limit in (r_max, d_max))
     inv_std = inverse_std(state.var.astype(var.dtype), epsilon)
-    r = jnp.clip(jnp.sqrt(var + epsilon) * inv_std, 1 / r_max, r_max)
+    r = _clip(jnp.sqrt(var + epsilon) * inv_std, 1 / r_max, r_max)
     d = (mean - state.mean.astype(mean.dtype)) * inv_std.astype(mean.dtype)
     return r, _clip_modulus(d, d_max)
 
 
+def _clip(v: Array, lower: Array, upper: Array) -> Array:
+    # Not jnp.clip: `jet` has no rule for its scalar limits in older versions of JAX.
+    return jnp.where(v < lower, lower, jnp.where(v > upper, upper, v))
+
+
 def _clip_modulus(d: Inexact[Array, ...], limit: Array) -> Inexact[Array, ...]:
     if not jnp.iscomplexobj(d):
-        return jnp.clip(d, -limit, limit)
+        return _clip(d, -limit, limit)
     size = jnp.abs(d)
     factor = jnp.where(size > limit, limit / jnp.where(size > 0, size, 1), 1)
     return d * factor.astype(d.dtype)

@@ -135,6 +135,25 @@ def test_taylor_mode_matches_nested_jvp(n, train, rng):
     np.testing.assert_allclose(second, expected_second, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("limits", [(1.0, 0.0), (1.2, 0.1), (9.0, 9.0)])
+def test_taylor_mode_of_renorm_matches_nested_jvp(limits, rng):
+    case = rounded(random_case(rng, (8, 2)), "float32")
+    v = jnp.asarray(rng.normal(size=(8, 2)), jnp.float32)
+    variables = jaxbn.init(2)
+
+    def forward(x):
+        options: dict[str, Any] = {"r_max": limits[0], "d_max": limits[1]}
+        return jaxbn.batch_renorm(*variables, x, True, autodiff="jax", **options)[0]
+
+    def derivative(x):
+        return jax.jvp(forward, (x,), (v,))[1]
+
+    _, (first, second) = jet(forward, (case.x,), ((v, jnp.zeros_like(v)),))
+    expected, expected_second = jax.jvp(derivative, (case.x,), (v,))
+    np.testing.assert_allclose(first, expected, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(second, expected_second, rtol=1e-4, atol=1e-4)
+
+
 def test_plain_autodiff_supports_vmap_of_jvp(small, rng):
     loss, (*rest, x) = loss_of(small, autodiff="jax")
     vs = jnp.asarray(rng.normal(size=(3, *x.shape)))
