@@ -8,7 +8,7 @@ import itertools
 import operator
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
-from typing import Generic, Literal, TypeVar
+from typing import Any, Generic, Literal, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +24,7 @@ from .accumulator import Accumulator, AnyArray
 
 Batch = TypeVar("Batch")
 Variance = Literal["paper", "total"]
-XAndMask = ArrayLike | tuple[ArrayLike, ArrayLike | None]
+XAndMask = ArrayLike | tuple[ArrayLike, ArrayLike | None] | list[Any]
 VARIANCES = ("paper", "total")
 
 _accumulate_batch = partial(jax.jit, static_argnums=2)(Accumulator.from_batch)
@@ -56,8 +56,9 @@ def population(
 
     - `batches`: an iterable of arrays, floating or complex, each the layer's input for
       one batch; or of pairs `(x, mask)`, with a mask as in `batch_norm`: n_B is Σ mask,
-      or the effective number of a floating mask's weights. It is read once, one batch
-      at a time. Batches may differ in all but their features, and may be sharded. A
+      or the effective number of a floating mask's weights. A list of two arrays is a
+      pair too, as PyTorch's loaders make it. It is read once, one batch at a time.
+      Batches may differ in all but their features, and may be sharded. A
       single batch is written `[x]`.
     - `axis`: the feature axis or axes, as in `batch_norm`.
     - `variance`: `"paper"` or `"total"`. A batch with n_B ≤ 1 has no variance: for
@@ -95,7 +96,7 @@ def population(
     dtypes = []
 
     def measure(batch: XAndMask) -> dict[str, Accumulator]:
-        x, mask = batch if isinstance(batch, tuple) else (batch, None)
+        x, mask = _x_and_mask(batch)
         x = check_input(x)
         dtypes.append(accumulation_dtype(x.dtype))
         mask = check_mask(mask, x.shape)
@@ -110,6 +111,21 @@ def population(
         var=jnp.asarray(var, real_dtype(dtype)),
         count=jnp.asarray(total.num_batches.max(), jnp.float32),
     )
+
+
+def _x_and_mask(batch: XAndMask) -> tuple[ArrayLike, ArrayLike | None]:
+    """Return x and mask of a batch: of a pair, or of x without a mask."""
+    if isinstance(batch, list):
+        has_array = any(getattr(item, "ndim", 0) > 0 for item in batch)
+        batch = tuple(batch) if has_array else jnp.asarray(batch)
+    if not isinstance(batch, tuple):
+        return batch, None
+    if len(batch) != 2:
+        raise ValueError(
+            f"a batch must be x or a pair (x, mask); got {len(batch)} of them. "
+            "Pass one array for x: batch[0], or jnp.stack(batch)."
+        )
+    return batch
 
 
 def accumulate(

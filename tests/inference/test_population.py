@@ -114,6 +114,24 @@ def test_masks_match_oracle_and_hide_nan(rng, variance, kind):
     assert_near(state[:2], expected, 1e-6)
 
 
+@pytest.mark.parametrize("kind", [tuple, list])
+@pytest.mark.parametrize("array", [np.asarray, jnp.asarray])
+def test_pair_may_be_a_list_with_a_mask_of_the_shape_of_x(kind, array, rng):
+    """PyTorch's default collate makes lists, and [x, mask] is no array of two."""
+    (x,) = draw(rng, (8,))
+    mask = rng.integers(0, 2, size=x.shape).astype(np.float32)
+    state = jaxbn.population([kind([array(x), array(mask)])])
+    assert_near(state[:2], oracle([x], "paper", weights=[mask]), 1e-6)
+    state = jaxbn.population([kind([array(x), None])])
+    assert_near(state[:2], oracle([x], "paper"), 1e-6)
+
+
+def test_nested_list_of_numbers_is_an_array(rng):
+    (x,) = draw(rng, (2,))
+    for rows in (x.tolist(), [list(row) for row in x]):  # of floats, of NumPy's
+        assert_near(jaxbn.population([rows])[:2], oracle([x], "paper"), 1e-6)
+
+
 @pytest.mark.parametrize("variance", VARIANCES)
 def test_population_is_accurate_at_a_large_mean(rng, variance):
     batches = [(1e4 + rng.normal(size=(256, C))).astype(np.float32) for _ in range(20)]
@@ -774,6 +792,13 @@ def test_population_rejects_bad_input_and_keeps_the_model(refuse, case):
 def test_population_rejects_batches_with_other_features(refuse):
     message = r"same features, here \(3,\); got a batch with \(4,\)\. Pass axis="
     refuse([X, MORE], {}, ValueError, message)
+
+
+@pytest.mark.usefixtures("unchecked_types")
+@pytest.mark.parametrize("batch", [(X, X, X), [X, X, X], [X]], ids=len)
+def test_population_rejects_tuples_and_lists_that_are_no_pair(batch):
+    message = rf"x or a pair \(x, mask\); got {len(batch)} of them"
+    refuse_core([batch], {}, ValueError, message)
 
 
 def test_population_rejects_integers_and_empty_features():
