@@ -6,6 +6,7 @@ The groups are one more feature axis of x: their statistics have the shape
 
 import operator
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -83,11 +84,12 @@ def _batch_axis(options: StaticOptions, x: Array) -> int:
 
 
 def _place_groups(
-    share: int, size: int, options: StaticOptions
+    share: Any, size: int, options: StaticOptions
 ) -> tuple[int, Groups | None]:
     """Return the examples of a group on one device, and the devices that share one.
 
-    `share` is the number of examples on each device of the mapped axis.
+    `share` is the number of examples on each device of the mapped axis: an int, or a
+    symbol of `jax.export`.
     """
     if options.axis_index_groups is not None:
         raise ValueError(
@@ -98,6 +100,12 @@ def _place_groups(
     devices = 1 if options.axis_name is None else lax.axis_size(options.axis_name)
     if share % size == 0:
         return size, None
+    if not isinstance(share, int):
+        raise ValueError(
+            "virtual_batch_size must divide the examples of x for every value of a "
+            f"symbol; got {size} for {share} examples. Export with a multiple of it: "
+            f'"{size}*b".'
+        )
     length = size // share
     if size % share == 0 and devices % length == 0:
         starts = range(0, devices, length)
@@ -122,7 +130,7 @@ def _check_shards(x: Array, axis: int, size: int) -> None:
         )
 
 
-def _repeat(vector: Array | None, times: int) -> Array | None:
+def _repeat(vector: Array | None, times: Any) -> Array | None:
     """Return a copy of `vector` for each group, along a new first axis."""
     if vector is None:
         return None

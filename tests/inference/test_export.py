@@ -100,6 +100,30 @@ def test_symbolic_batch_export_matches_the_function(shape, train, rng):
     assert_same(exported.call(x), value_and_gradient(x))
 
 
+def export_virtual_batches(batch, shape):
+    """Export a step by virtual batches of 4."""
+    params, state = jaxbn.init(3)
+
+    @jax.jit
+    def step(x):
+        return jaxbn.batch_norm(params, state, x, True, virtual_batch_size=4)[0]
+
+    x = jax.ShapeDtypeStruct(export.symbolic_shape(f"{batch}, {shape}"), jnp.float32)
+    return step, export.export(step, platforms=PLATFORMS)(x)
+
+
+def test_virtual_batches_of_a_symbolic_multiple(rng):
+    step, exported = export_virtual_batches("4*b", "3")
+    x = jnp.asarray(rng.normal(size=(12, 3)), jnp.float32)
+    assert_same(export.deserialize(exported.serialize()).call(x), step(x))
+
+
+@pytest.mark.parametrize("batch", ["b", "2*b", "b + 1"])
+def test_virtual_batches_of_a_symbolic_batch_are_rejected(batch):
+    with pytest.raises(ValueError, match=r"got 4 for .*b.* with a multiple.*\"4\*b\""):
+        export_virtual_batches(batch, "h, 3")
+
+
 def test_loaded_layer_is_differentiated_by_its_exported_vjp(rng):
     """The loaded program has no custom_vjp; `vjp_order` exports the derivative."""
 
