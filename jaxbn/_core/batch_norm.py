@@ -87,8 +87,9 @@ def batch_norm(
       examples, along the first reduced axis, is normalized by its own statistics, and
       the running statistics are updated with the mean over the groups of mean and
       variance. The size is that of the whole batch's groups: with `axis_name` a group
-      is a part of one device's share, or the shares of consecutive devices. It is
-      ignored with `train=False`.
+      is a part of one device's share, or the shares of consecutive devices. JAX
+      refuses the shares of several devices, unless of all, where it refuses
+      `axis_index_groups`. The size is ignored with `train=False`.
 
     **Returns** `(y, new_state)`. Statistics are accumulated in float32 or wider, and
     the state keeps its dtypes; only a real mean becomes complex, by the first complex

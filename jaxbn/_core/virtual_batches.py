@@ -19,7 +19,7 @@ from .running import update
 from .sharding import explicit_shards
 from .statistics import BatchStatistics
 from .steps import batch_moments, in_accumulation_dtype, normalize_batch
-from .sync import AxisName, Groups
+from .sync import MAX_GATHERED_DEVICES, AxisName, Groups
 from .variables import BatchNormParams, BatchNormState
 from .weights import bessel_correction, divide_by_count
 
@@ -43,21 +43,37 @@ def check_virtual_batch_size(size: int | None) -> int | None:
     return examples
 
 
-@partial(jax.jit, inline=True, static_argnames=("options", "size"))
 def train_by_virtual_batches(
     arguments: Arguments, options: StaticOptions, size: int
 ) -> tuple[Array, BatchNormState]:
     """Train a step; `size` examples along the first reduced axis share statistics."""
+    try:
+        return _train(arguments, options, size)
+    except NotImplementedError as error:  # the psum of groups of devices
+        if options.axis_name is None:
+            raise
+        raise ValueError(
+            f"virtual_batch_size={size} spans a part of the devices, and JAX refuses "
+            f"such groups here: on more than {MAX_GATHERED_DEVICES} devices they work "
+            "under pmap, and under shard_map with check_vma=False. Elsewhere pass a "
+            "size that divides the examples of one device, or the whole batch's."
+        ) from error
+
+
+@partial(jax.jit, inline=True, static_argnames=("options", "size"))
+def _train(
+    arguments: Arguments, options: StaticOptions, size: int
+) -> tuple[Array, BatchNormState]:
     params, state, x, mask, batch_weight, epsilon = arguments
-    shape, axis_name = x.shape, options.axis_name
+    shape, all_devices = x.shape, options.axis_name
     batch_axis = _batch_axis(options, x)
-    local_size, groups = _place_groups(x.shape[batch_axis], size, options)
+    local_size, axis_name, groups = _place_groups(x.shape[batch_axis], size, options)
     _check_shards(x, batch_axis, local_size)
     x = split_axis(x, batch_axis, local_size)
     mask = None if mask is None else split_axis(mask, batch_axis, local_size)
     options = options._replace(
         axis=(batch_axis, *(a + (a > batch_axis) for a in options.axis)),
-        axis_name=None if groups is None else axis_name,
+        axis_name=axis_name,
         axis_index_groups=groups,
     )
     per_group = partial(_repeat, times=x.shape[batch_axis])
@@ -66,7 +82,7 @@ def train_by_virtual_batches(
 
     x_acc = in_accumulation_dtype(x, state, options)
     mean, var, batch = batch_moments(running, x_acc, x, mask, options)
-    average = _average(batch, options.unbiased, axis_name)
+    average = _average(batch, options.unbiased, all_devices)
     state = update(state, average, batch_weight, unbiased=False)
     y = normalize_batch(params, mean, var, x_acc, x, epsilon, options)
     return y.reshape(shape), state
@@ -85,8 +101,10 @@ def _batch_axis(options: StaticOptions, x: Array) -> int:
 
 def _place_groups(
     share: Any, size: int, options: StaticOptions
-) -> tuple[int, Groups | None]:
+) -> tuple[int, AxisName | None, Groups | None]:
     """Return the examples of a group on one device, and the devices that share one.
+
+    They are no axis for a group inside a device, and no groups for all devices.
 
     `share` is the number of examples on each device of the mapped axis: an int, or a
     symbol of `jax.export`.
@@ -99,7 +117,7 @@ def _place_groups(
         )
     devices = 1 if options.axis_name is None else lax.axis_size(options.axis_name)
     if share % size == 0:
-        return size, None
+        return size, None, None
     if not isinstance(share, int):
         raise ValueError(
             "virtual_batch_size must divide the examples of x for every value of a "
@@ -108,8 +126,11 @@ def _place_groups(
         )
     length = size // share
     if size % share == 0 and devices % length == 0:
+        if length == devices:
+            return share, options.axis_name, None
         starts = range(0, devices, length)
-        return share, tuple(tuple(range(i, i + length)) for i in starts)
+        groups = tuple(tuple(range(i, i + length)) for i in starts)
+        return share, options.axis_name, groups
     fitting = [*divisors(share), *(share * k for k in divisors(devices) if k > 1)]
     raise ValueError(
         f"virtual_batch_size must divide the {share} examples of x"

@@ -167,6 +167,32 @@ def test_sizes_are_those_of_the_whole_batch(way, size, rng):
     assert_close(actual, want, TOLERANCE["float32"])
 
 
+def step_by_66_devices(size, x):
+    """Train a step on more devices than JAX takes groups of under vmap."""
+    options = {"axis_name": "data", "virtual_batch_size": size}
+    variables = jaxbn.init(C)
+    y, state = jax.vmap(
+        lambda x: jaxbn.batch_norm(*variables, x, True, **options),
+        axis_name="data",
+        out_axes=(0, None),
+    )(x.reshape(66, -1, *x.shape[1:]))
+    return y.reshape(x.shape), state
+
+
+@pytest.mark.parametrize("size", [1, 2, 132])
+def test_many_devices_share_all_examples_or_none(size, rng):
+    x = jnp.asarray(5 + rng.normal(size=(132, 2, C)), jnp.float32)
+    options = {"virtual_batch_size": size}
+    want = jaxbn.batch_norm(*jaxbn.init(C), x, True, **options)
+    assert_near(step_by_66_devices(size, x), want)
+
+
+def test_error_of_groups_of_many_devices():
+    message = r"virtual_batch_size=4 spans a part.*more than 64 devices.*pass a size"
+    with pytest.raises(ValueError, match=message):
+        step_by_66_devices(4, jnp.ones((132, 2, C)))
+
+
 @pytest.mark.parametrize("size", [2, 6])
 def test_groups_inside_a_device_gather_nothing(size, rng):
     """jit of sharded x sums the vectors that leave the step, and nothing else."""
