@@ -44,7 +44,8 @@ def from_torch(state_dict: Mapping[str, AnyArray]) -> Layer:
     `batch_norm` with `train=True` in both modes, on the state of `jaxbn.init`, and drop
     the new state.
 
-    The conversion loses nothing in either direction.
+    Values keep their dtype, but for running statistics below float32, which widen, and
+    for what JAX holds in float32: float64 where x64 is off, and `count`.
 
     **Raises** `ValueError` and `TypeError` as listed in `jaxbn.convert`.
 
@@ -63,10 +64,17 @@ def to_torch(params: AnyParams, state: BatchNormState) -> dict[str, np.ndarray]:
 
     The inverse of `from_torch`. Load it with
     `layer.load_state_dict({k: torch.from_numpy(v) for k, v in arrays.items()})`.
+    bfloat16, which `from_numpy` does not read, becomes float32, and PyTorch rounds it
+    back where its layer is bfloat16: nothing is lost.
     """
     arrays = as_arrays(params, state)
     arrays["count"] = arrays["count"].astype("int64")
-    return TORCH.to_library(arrays)
+    return TORCH.to_library({key: _as_builtin(a) for key, a in arrays.items()})
+
+
+def _as_builtin(array: np.ndarray) -> np.ndarray:
+    """Return an array of NumPy's own dtypes: bfloat16 is one of JAX's."""
+    return array if array.dtype.isbuiltin == 1 else array.astype(np.float32)
 
 
 def from_torch_tree(

@@ -112,6 +112,21 @@ def test_from_torch_keeps_float64(x64):
     np.testing.assert_array_equal(state.var, arrays["running_var"])
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+def test_to_torch_is_read_by_from_numpy_without_loss(dtype, rng):
+    torch = pytest.importorskip("torch")
+    params, state = random_layer(rng)
+    params = jax.tree.map(lambda a: a.astype(dtype), params)
+    arrays = convert.to_torch(params, state)
+    tensors = {k: torch.from_numpy(v) for k, v in arrays.items()}
+    layer = torch.nn.BatchNorm1d(C, dtype=getattr(torch, dtype))
+    layer.load_state_dict(tensors)
+    for name, value in (("weight", params.scale), ("bias", params.bias)):
+        stored = getattr(layer, name).detach()
+        assert stored.dtype == getattr(torch, dtype)
+        np.testing.assert_array_equal(stored.float(), value.astype(jnp.float32))
+
+
 def test_to_haiku_expands_vectors_along_axis(rng):
     layer = random_layer(rng)
     params, state = convert.to_haiku(*layer, decay=DECAY, ndim=4, axis=1)
