@@ -8,6 +8,7 @@ from jax.extend.core import Jaxpr, JaxprEqn, Literal, Var
 
 from .._core.axes import Axes
 from .marks import INPUT, OUTPUT, Mark, read_mark
+from .paths import Path
 
 # Calls of a function: its arguments and results are those of the equation.
 CALLS = {
@@ -52,19 +53,38 @@ class Dataflow:
     calling: str | None = None
 
 
-def read_dataflow(program: Jaxpr, variables: int) -> Dataflow:
-    """Read the marks in a program whose first inputs are a model's variables."""
+def read_dataflow(
+    program: Jaxpr, variables: Sequence[Path], state: Sequence[Path]
+) -> Dataflow:
+    """Read the marks in a program from a model's variables to its output and state.
+
+    The variables at these paths are the first inputs, the state's the last outputs.
+    """
     flow = Dataflow()
     inputs = [Value() for _ in program.invars]
-    for leaf, var in enumerate(program.invars[:variables]):
+    for leaf, var in enumerate(program.invars[: len(variables)]):
         inputs[leaf] = Value(leaf=leaf, axes=tuple(range(_rank(var))))
-    _use(_read(program, inputs, flow))
+    outputs = _read(program, inputs, flow)
+    _use(outputs)
+    places = [None] * (len(outputs) - len(state)) + [*state]
+    # A variable that stays in its own place in the state is not used by that.
+    flow.elsewhere.update(
+        value.leaf
+        for value, place in zip(outputs, places, strict=True)
+        if value.leaf is not None and variables[value.leaf] != place
+    )
     return flow
 
 
 def _use(values: Sequence[Value], layer: str | None = None) -> None:
     for value in values:
         value.uses.append(layer)
+
+
+def _use_elsewhere(values: Sequence[Value], flow: Dataflow) -> None:
+    _use(values)
+    if flow.calling is None:
+        flow.elsewhere.update(v.leaf for v in values if v.leaf is not None)
 
 
 def _read(jaxpr: Jaxpr, inputs: Sequence[Value], flow: Dataflow) -> list[Value]:
@@ -115,11 +135,13 @@ def _read_equation(
     value = operands[0] if operands else Value()
     if name in _MOVES and value.leaf is not None and value.seen is None:
         return [_MOVES[name](value, equation)]
+    if name == "cond":
+        return _read_cond(programs, operands, flow)
+    if name == "scan":
+        return _read_scan(equation, programs[0], operands, flow)
     for program in programs:
-        _use(_read(program, _inner_inputs(equation, program, operands), flow))
-    _use(operands[:1] if name == "cond" else operands)
-    if name not in {"scan", "cond"} and flow.calling is None:
-        flow.elsewhere.update(v.leaf for v in operands if v.leaf is not None)
+        _use(_read(program, [Value() for _ in program.invars], flow))
+    _use_elsewhere(operands, flow)
     return [Value() for _ in equation.outvars]
 
 
@@ -138,23 +160,53 @@ def _read_mark(marked: Mark, value: Value, flow: Dataflow) -> Value:
     return Value()
 
 
-def _inner_inputs(
-    equation: JaxprEqn, program: Jaxpr, operands: list[Value]
+def _read_cond(
+    branches: Sequence[Jaxpr], operands: list[Value], flow: Dataflow
 ) -> list[Value]:
-    """Return the inputs of a program in an equation that is more than one call."""
-    if equation.primitive.name == "cond":
-        return operands[1:]
-    if equation.primitive.name != "scan":
-        return [Value() for _ in program.invars]
+    _use_elsewhere(operands[:1], flow)
+    results = [_read(branch, operands[1:], flow) for branch in branches]
+    return [_merge(values, flow) for values in zip(*results, strict=True)]
+
+
+def _merge(values: Sequence[Value], flow: Dataflow) -> Value:
+    """Return the variable that all branches return, or a new array."""
+    first = values[0]
+    if first.leaf is not None and all(value is first for value in values):
+        return first
+    _use_elsewhere(values, flow)
+    return Value()
+
+
+def _read_scan(
+    equation: JaxprEqn, program: Jaxpr, operands: list[Value], flow: Dataflow
+) -> list[Value]:
     # By rank, because the names of the parameters differ between versions of JAX.
     carried = _count_same_rank(equation.outvars, program.outvars)
     constants = _count_same_rank(equation.invars, program.invars) - carried
+    carry = operands[constants : constants + carried]
     stacked = operands[constants + carried :]
-    return [
-        *operands[:constants],
-        *(Value() for _ in range(carried)),
-        *map(_scan, stacked),
-    ]
+    elements = [_scan(value) for value in stacked]
+    _use(operands)
+    lost = [v for v, e in zip(stacked, elements, strict=True) if e.leaf is None]
+    _use_elsewhere(carry + lost, flow)
+    inputs = [*operands[:constants], *(Value() for _ in carry), *elements]
+    outputs = _read(program, inputs, flow)
+    _use_elsewhere(outputs[:carried], flow)
+    rest = [_stack(value, elements, flow) for value in outputs[carried:]]
+    return [*(Value() for _ in carry), *rest]
+
+
+def _stack(value: Value, elements: Sequence[Value], flow: Dataflow) -> Value:
+    """Return the variable whose elements a loop returns as they came, or a new array.
+
+    nnx returns all variables of a module from a loop over it.
+    """
+    known = {(e.leaf, e.scanned) for e in elements if e.leaf is not None}
+    if value.seen is None and (value.leaf, value.scanned) in known:
+        *scanned, first = value.scanned
+        return _variable(value, (first, *value.axes), tuple(scanned))
+    _use_elsewhere([value], flow)
+    return Value()
 
 
 def _count_same_rank(outer: Sequence[Atom], inner: Sequence[Atom]) -> int:

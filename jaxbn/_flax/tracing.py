@@ -59,8 +59,11 @@ def trace_call(
     variables: Sequence[Array],
     args: tuple[PyTree, ...],
     kwargs: Mapping[str, PyTree],
-) -> Jaxpr:
-    """Trace `call(variables, *args, **kwargs)`, with all arrays abstract."""
+) -> tuple[Jaxpr, list[Path]]:
+    """Trace `call(variables, *args, **kwargs)`, with all arrays abstract.
+
+    It returns the model's output and state; return also the paths in this state.
+    """
     leaves, structure = jax.tree.flatten((args, dict(kwargs)))
     arrays = {i: leaf for i, leaf in enumerate(leaves) if isinstance(leaf, ARRAYS)}
 
@@ -70,7 +73,9 @@ def trace_call(
         return call(variables, *args, **kwargs)
 
     with _add_note():
-        return jax.make_jaxpr(run)(list(variables), arrays).jaxpr
+        trace = jax.make_jaxpr(run, return_shape=True)
+        program, (_, state) = trace(list(variables), arrays)
+    return program.jaxpr, [names(keys) for keys, _ in jax.tree.leaves_with_path(state)]
 
 
 def names(keys: KeyPath) -> Path:

@@ -44,18 +44,21 @@ def trace_model(
     recorder, of_nnx = Recorder(), set[str]()
     keyed, structure = jax.tree.flatten_with_path(variables)
     leaves = [leaf for _, leaf in keyed]
+    paths = [names(keys) for keys, _ in keyed]
+    returns_state = kwargs.get("mutable", False) is not False
 
     def apply(leaves: list[Array], *args: PyTree, **kwargs: PyTree) -> PyTree:
-        return model.apply(structure.unflatten(leaves), *args, **kwargs)
+        y = model.apply(structure.unflatten(leaves), *args, **kwargs)
+        return y if returns_state else (y, {})
 
     # `replace_batch_norm` then passes each call on.
     with measuring(True), _recording(recorder, of_nnx), skip_in_trace():
-        program = trace_call(apply, leaves, args, kwargs)
+        program, state = trace_call(apply, leaves, args, kwargs)
     trace = Trace(
-        read_dataflow(program, len(leaves)),
+        read_dataflow(program, paths, state),
         recorder.layers,
         recorder.norms,
-        _weights_by_path([names(path) for path, _ in keyed]),
+        _weights_by_path(paths),
         [jnp.shape(leaf) for leaf in leaves],
     )
     return trace, of_nnx

@@ -40,32 +40,33 @@ def trace_model(
 ) -> Trace:
     """Trace one call of the model, which is not changed."""
     graphdef, state = nnx.split(model, graph=True)
-    leaves, structure = jax.tree.flatten(state)
+    keyed, structure = jax.tree.flatten_with_path(state)
+    leaves = [leaf for _, leaf in keyed]
+    paths = [names(keys) for keys, _ in keyed]
     recorder = Recorder()
 
     def call(leaves: list[Array], *args: PyTree, **kwargs: PyTree) -> PyTree:
         copy = nnx.merge(graphdef, structure.unflatten(leaves))
         record_calls(copy, recorder)
         # The state too: an array that the call stores is used.
-        return copy(*args, **kwargs), jax.tree.leaves(nnx.state(copy, graph=True))
+        return copy(*args, **kwargs), nnx.state(copy, graph=True)
 
-    program = trace_call(call, leaves, args, kwargs)
+    program, stored = trace_call(call, leaves, args, kwargs)
     return Trace(
-        read_dataflow(program, len(leaves)),
+        read_dataflow(program, paths, stored),
         recorder.layers,
         recorder.norms,
-        _weights_by_path(model, state),
+        _weights_by_path(model, paths),
         [jnp.shape(leaf) for leaf in leaves],
     )
 
 
-def _weights_by_path(model: PyTree, state: PyTree) -> dict[Mark, int]:
+def _weights_by_path(model: PyTree, state: list[Path]) -> dict[Mark, int]:
     """Return the number of each weight among the leaves of the state."""
     nodes = [*iterate(model)]
     # A Variable of several layers is in the state once, at its first path.
     paths = {id(node): join(p) for p, node in nodes if isinstance(node, nnx.Variable)}
-    keyed = jax.tree.leaves_with_path(state)
-    leaves = {join(names(keys)): leaf for leaf, (keys, _) in enumerate(keyed)}
+    leaves = {join(path): leaf for leaf, path in enumerate(state)}
     return {
         Mark(name, join(path)): leaves[paths[id(variable)]]
         for path, node in nodes

@@ -405,6 +405,74 @@ def test_linen_fold_says_why_a_norm_stays(path, rng):
         jaxbn.linen.fold(model, variables, x, pairs={"dense": "norm"})
 
 
+RETURNED = {  # what the model returns, of a weight
+    "itself": lambda a: a,
+    "transposed": lambda a: a.T,
+    "reversed": lambda a: a[::-1],
+    "in jit": jax.jit(lambda a: a),
+    "in cond": lambda a: lax.cond(True, lambda: a, lambda: jnp.zeros_like(a)),
+    "in both branches": lambda a: lax.cond(True, lambda: a, lambda: a),
+    "in scan": lambda a: lax.scan(lambda c, _: (c, a), 0, length=2)[1],
+    "in scan over it": lambda a: lax.scan(lambda c, a: (c, a), 0, a)[1],
+    "as a carry": lambda a: lax.scan(lambda c, _: (c, 0), a, length=2)[0],
+    "into a carry": lambda a: lax.scan(
+        lambda c, _: (a, 0), jnp.zeros_like(a), length=2
+    )[0],
+    "in a reversed scan": lambda a: lax.scan(lambda c, a: (c, a), 0, jnp.flip(a))[1],
+    "in while": lambda a: lax.while_loop(lambda a: False, lambda a: a, a),
+}
+USES = [("dense", "kernel", how) for how in RETURNED]
+USES += [("dense", "bias", "itself"), ("norm", "mean", "itself")]
+USES += [("norm", "scale", "transposed")]
+
+
+class Returning(nn.Module):
+    """Return a weight of one of two layers, next to the output."""
+
+    layer: str = ""
+    weight: str = ""
+    how: Any = None
+    store: bool = False
+
+    @nn.compact
+    def __call__(self, x):
+        layers = {"dense": nn.Dense(3), "norm": nn.BatchNorm(True)}
+        y = layers["norm"](layers["dense"](x))
+        if self.how is None or self.is_initializing():
+            return y
+        found = layers[self.layer].variables
+        weights = {**found["params"], **found.get("batch_stats", {})}
+        if self.store:
+            self.sow("intermediates", "stored", self.how(weights[self.weight]))
+            return y
+        return y, self.how(weights[self.weight])
+
+
+@pytest.mark.parametrize(("layer", "weight", "how"), USES)
+def test_linen_fold_leaves_layers_whose_weights_are_returned(layer, weight, how, rng):
+    model = Returning(layer, weight, RETURNED[how])
+    _, reasons = fold_linen(model, *linen_case(rng, model, 4, 3))
+    path = {"dense": "Dense_0", "norm": "BatchNorm_0"}[layer]
+    assert f"the {weight} of {path!r} is used outside of its calls" in reasons
+
+
+@pytest.mark.parametrize("mutable", [[], ["batch_stats"], ["params", "batch_stats"]])
+def test_linen_fold_does_not_count_the_state_as_a_use(mutable, rng):
+    model = Returning()
+    variables, x = linen_case(rng, model, 4, 3)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        folded = jaxbn.linen.fold(model, variables, x, mutable=mutable)
+    assert folded["batch_stats"] == {}
+
+
+def test_linen_fold_leaves_layers_whose_weights_are_stored(rng):
+    model = Returning("dense", "kernel", RETURNED["itself"], store=True)
+    variables, x = linen_case(rng, model, 4, 3)
+    with pytest.warns(UserWarning, match="kernel of 'Dense_0' is used outside"):
+        jaxbn.linen.fold(model, variables, x, mutable=["intermediates"])
+
+
 def test_linen_fold_needs_a_call_at_inference(rng):
     model = Wrong("activation")
     variables, x = linen_case(rng, model, 4, 3)
@@ -554,12 +622,13 @@ class NNXStack(nnx.Module):
             apply = nnx.vmap(lambda x, block: block(x), in_axes=(None, self.axes))
             return apply(x, self.blocks)
         axes = nnx.Carry, self.axes
-        apply = nnx.scan(lambda x, block: block(x), in_axes=axes, out_axes=nnx.Carry)
-        return apply(x, self.blocks)
+        call = nnx.remat if self.lift == "scan of remat" else lambda call: call
+        body = call(lambda x, block: block(x))
+        return nnx.scan(body, in_axes=axes, out_axes=nnx.Carry)(x, self.blocks)
 
 
 @pytest.mark.parametrize("width", [3, 4])
-@pytest.mark.parametrize("lift", ["scan", "vmap"])
+@pytest.mark.parametrize("lift", ["scan", "scan of remat", "vmap"])
 @pytest.mark.parametrize("axis", [0, 1])
 def test_nnx_fold_takes_stacked_layers(lift, axis, width, rng):
     folded, reasons = fold_nnx(rng, NNXStack(lift, axis, width), 5, width)
@@ -618,3 +687,58 @@ def test_nnx_fold_copies_shared_weights(rng):
     assert not reasons
     kernels = [layer.kernel for layer in folded.layers if isinstance(layer, nnx.Linear)]
     assert kernels[0] is not kernels[1]
+
+
+class NNXReturning(nnx.Module):
+    """Return or store a weight of one of two layers."""
+
+    def __init__(self, layer, weight, how, store, rngs):
+        self.dense = nnx.Linear(3, 3, rngs=rngs)
+        self.norm = nnx.BatchNorm(3, rngs=rngs)
+        self.layer, self.weight, self.how = layer, weight, how
+        if store:
+            self.stored = nnx.Intermediate(jnp.zeros(()))
+
+    def __call__(self, x):
+        y = self.norm(self.dense(x))
+        weight = self.how(getattr(getattr(self, self.layer), self.weight)[...])
+        if not hasattr(self, "stored"):
+            return y, weight
+        self.stored.set_value(weight)
+        return y
+
+
+@pytest.mark.parametrize(
+    ("layer", "weight", "how", "store"),
+    [*((*use, False) for use in USES), ("dense", "kernel", "itself", True)],
+)
+def test_nnx_fold_leaves_layers_whose_weights_are_returned(
+    layer, weight, how, store, rng
+):
+    model = NNXReturning(layer, weight, RETURNED[how], store, nnx.Rngs(0))
+    _, reasons = fold_nnx(rng, model, 4, 3)
+    assert f"the {weight} of {layer!r} is used outside of its calls" in reasons
+
+
+def test_nnx_fold_leaves_stacked_layers_whose_weights_are_returned(rng):
+    class Model(NNXStack):
+        def __call__(self, x):
+            return super().__call__(x), self.blocks.first.kernel[...]
+
+    folded, reasons = fold_nnx(rng, Model("scan", 0, 4), 5, 4)
+    assert "the kernel of 'blocks/first' is used outside of its calls" in reasons
+    assert norms_in(folded) == 1
+
+
+def test_nnx_fold_does_not_count_the_state_as_a_use(rng):
+    class Model(nnx.Module):
+        def __init__(self, rngs):
+            self.block = NNXBlock(3, rngs)
+
+        def __call__(self, x):
+            apply = nnx.jit(lambda block, x: block(x))
+            return nnx.cond(x.sum() > 0, apply, apply, self.block, x)
+
+    folded, reasons = fold_nnx(rng, Model(nnx.Rngs(0)), 5, 3)
+    assert not reasons
+    assert norms_in(folded) == 0
