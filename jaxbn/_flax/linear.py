@@ -5,6 +5,9 @@ from typing import NamedTuple
 
 import jax
 import numpy as np
+from flax.linen import dtypes as linen_dtypes
+from flax.nnx.nn import dtypes as nnx_dtypes
+from jax import lax
 
 from .._core.axes import Axes
 
@@ -15,14 +18,32 @@ class Linear(NamedTuple):
     `outputs`: the kernel's axes of the last axes of y, in the order of y.
     `inputs`: the kernel's axis for each feature axis of x; all axes are negative.
     `obstacle`: why no batch norm before the layer can be folded into it.
+    `custom`: the option with a function of the user, which may not be linear.
     """
 
     outputs: Axes
     inputs: tuple[tuple[int, int], ...]
     obstacle: str = ""
+    custom: str = ""
 
 
 DENSE = Linear(outputs=(-1,), inputs=((-1, -2),))
+
+
+OPTIONS = ("dot_general", "conv_general_dilated", "promote_dtype")
+OPTIONS += ("dot_general_cls", "conv_general_dilated_cls")
+# Of linen and nnx. Not the class's own defaults: those of a subclass may be custom.
+DEFAULTS = (None, lax.dot_general, lax.conv_general_dilated)
+DEFAULTS += (linen_dtypes.promote_dtype, nnx_dtypes.promote_dtype)
+
+
+def custom_option(layer: object) -> str:
+    """Return the option with a function of the user, of a layer or batch norm."""
+    for option in OPTIONS:
+        function = getattr(layer, option, None)
+        if all(function is not default for default in DEFAULTS):
+            return option
+    return ""
 
 
 def describe_general(

@@ -16,12 +16,13 @@ Call = TypeVar("Call")
 class Norm(NamedTuple):
     """A call of a batch norm: its feature axes from the end, ascending.
 
-    `epsilon` is `None` if it is computed in the call.
+    `epsilon` is `None` if it is computed in the call; `custom` as in `Linear`.
     """
 
     axes: Axes
     epsilon: float | None
     train: bool
+    custom: str = ""
 
 
 class Trace(NamedTuple):
@@ -126,7 +127,15 @@ def _check_norm(trace: Trace, norm: str) -> Norm:
         )
     if call.epsilon is None:
         raise NotFoldableError("its epsilon is computed in the call")
+    _check_linear(call, norm)
     return call
+
+
+def _check_linear(call: Norm | Linear, path: str) -> None:
+    if call.custom:
+        raise NotFoldableError(
+            f"{path!r} has a {call.custom} of its own, which may not be linear"
+        )
 
 
 def _only(calls: Collection[Call], path: str) -> Call:
@@ -191,7 +200,9 @@ def _folds(
 ) -> list[Fold]:
     folds = []
     for layer in sorted(map(str, layers)):
-        along = axes(layer, _only(trace.layers[layer], layer))
+        linear = _only(trace.layers[layer], layer)
+        along = axes(layer, linear)
+        _check_linear(linear, layer)
         stacks = _stacks(trace, layer, norm)
         folds.append(Fold(layer, norm, call.epsilon or 0.0, *along, stacks))
     return folds

@@ -15,7 +15,7 @@ from jax.typing import ArrayLike
 from jaxtyping import PyTree
 
 from .layer import Layer
-from .linear import Linear
+from .linear import Linear, custom_option
 from .marks import INPUT, OUTPUT, mark, mark_weights
 from .pairs import Norm
 from .paths import Path
@@ -51,7 +51,8 @@ def describe_norm(layer: Layer, x: ArrayLike, train: bool) -> Norm:
     """Describe a call of a batch norm."""
     ndim, epsilon = jnp.ndim(x), layer.epsilon
     axes = tuple(sorted(int(a) % ndim - ndim for a in np.atleast_1d(layer.axis)))
-    return Norm(axes, None if isinstance(epsilon, Tracer) else float(epsilon), train)  # pyright: ignore[reportArgumentType]
+    known = None if isinstance(epsilon, Tracer) else float(epsilon)  # pyright: ignore[reportArgumentType]
+    return Norm(axes, known, train, custom_option(layer))
 
 
 def trace_call(

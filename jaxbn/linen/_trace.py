@@ -16,6 +16,7 @@ from .._flax.dataflow import read_dataflow
 from .._flax.linear import (
     DENSE,
     Linear,
+    custom_option,
     describe_convolution,
     describe_general,
     describe_transposed,
@@ -104,7 +105,7 @@ def _call_layer(
         partial(next_call, **options),
         inputs,
         _weights(layer),
-        _describe(layer, jnp.ndim(inputs)),
+        _describe(layer, jnp.ndim(inputs))._replace(custom=custom_option(layer)),
     )
 
 

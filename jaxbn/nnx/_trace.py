@@ -17,6 +17,7 @@ from .._flax.folding import uses_call_of
 from .._flax.linear import (
     DENSE,
     Linear,
+    custom_option,
     describe_convolution,
     describe_general,
     describe_transposed,
@@ -114,7 +115,7 @@ def _recorded_layer(kind: type[nnx.Module]) -> type[nnx.Module]:
             lambda x: call(layer, x, *args, **options),
             inputs,
             _values(layer),
-            _describe(layer, jnp.ndim(inputs)),
+            _describe(layer, jnp.ndim(inputs))._replace(custom=custom_option(layer)),
         )
 
     return type(kind.__name__, (kind,), {"__call__": call_recorded})

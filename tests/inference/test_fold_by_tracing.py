@@ -238,6 +238,60 @@ def test_linen_fold_leaves_norms_before_layers_that_pad(layer, shape, reason, rn
         raise AssertionError(reasons)
 
 
+def quantized_dot(x, kernel, *args, **kwargs):
+    return lax.dot_general(x, jnp.sign(kernel), *args, **kwargs)
+
+
+def quantized_conv(x, kernel, *args, **kwargs):
+    return lax.conv_general_dilated(x, jnp.sign(kernel), *args, **kwargs)
+
+
+def quantized_dtype(*args, dtype=None, inexact=True):
+    x, kernel, bias = args
+    return [x, jnp.sign(kernel), bias]
+
+
+class QuantizedDense(nn.Dense):
+    dot_general: Any = quantized_dot
+
+
+CUSTOM: list[tuple[nn.Module, str]] = [
+    (nn.Dense(3, dot_general=quantized_dot), "dot_general"),
+    (nn.DenseGeneral(3, dot_general_cls=lambda: quantized_dot), "dot_general_cls"),
+    (nn.Conv(3, (1,), conv_general_dilated=quantized_conv), "conv_general_dilated"),
+    (
+        nn.Conv(3, (1,), conv_general_dilated_cls=lambda: quantized_conv),
+        "conv_general_dilated_cls",
+    ),
+    (nn.Conv(3, (1,), promote_dtype=quantized_dtype), "promote_dtype"),
+    (QuantizedDense(3), "dot_general"),
+]
+
+
+@pytest.mark.parametrize("after", [False, True])
+@pytest.mark.parametrize(("layer", "option"), CUSTOM)
+def test_linen_fold_leaves_layers_that_may_not_be_linear(layer, option, after, rng):
+    layer, norm = layer.clone(parent=None), nn.BatchNorm(True)
+    model = nn.Sequential([layer, norm] if after else [norm, layer])
+    variables, x = linen_case(rng, model, 2, 5, 3)
+    folded, reasons = fold_linen(model, variables, x)
+    assert_same(folded, variables, 0)
+    assert f"has a {option} of its own, which may not be linear" in reasons
+
+
+def test_linen_fold_takes_the_usual_functions(rng):
+    model = nn.Sequential(
+        [
+            nn.Dense(3, dot_general=lax.dot_general),
+            nn.BatchNorm(True),
+            nn.Conv(3, (1,), conv_general_dilated=lax.conv_general_dilated),
+            nn.BatchNorm(True),
+        ]
+    )
+    _, reasons = fold_linen(model, *linen_case(rng, model, 2, 5, 3))
+    assert not reasons
+
+
 class Attention(nn.Module):
     """Feed one norm to three layers, and fold a layer from both sides."""
 
@@ -742,3 +796,40 @@ def test_nnx_fold_does_not_count_the_state_as_a_use(rng):
     folded, reasons = fold_nnx(rng, Model(nnx.Rngs(0)), 5, 3)
     assert not reasons
     assert norms_in(folded) == 0
+
+
+def quantized_nnx_dtype(arrays, **kwargs):
+    x, kernel, bias = arrays
+    return x, jnp.sign(kernel), bias
+
+
+NNX_CUSTOM = [
+    (nnx.Linear, (3, 3), {"dot_general": quantized_dot}),
+    (nnx.LinearGeneral, (3, 3), {"dot_general_cls": lambda: quantized_dot}),
+    (nnx.Conv, (3, 3, (1,)), {"conv_general_dilated": quantized_conv}),
+    (nnx.Conv, (3, 3, (1,)), {"promote_dtype": quantized_nnx_dtype}),
+]
+
+
+@pytest.mark.parametrize("after", [False, True])
+@pytest.mark.parametrize(("kind", "args", "options"), NNX_CUSTOM)
+def test_nnx_fold_leaves_layers_that_may_not_be_linear(kind, args, options, after, rng):
+    (option,) = options
+    rngs = nnx.Rngs(0)
+    parts = kind(*args, **options, rngs=rngs), nnx.BatchNorm(3, rngs=rngs)
+    model = nnx.Sequential(*(parts if after else parts[::-1]))
+    folded, reasons = fold_nnx(rng, model, 2, 5, 3)
+    assert f"has a {option} of its own, which may not be linear" in reasons
+    assert norms_in(folded) == 1
+
+
+@pytest.mark.parametrize("kind", [nnx.BatchNorm, jaxbn.nnx.BatchNorm])
+def test_nnx_fold_leaves_norms_that_may_not_be_linear(kind, rng):
+    def promote(arrays, **kwargs):
+        return jnp.sign(arrays[0]), *arrays[1:]
+
+    rngs = nnx.Rngs(0)
+    norm = kind(3, promote_dtype=promote, rngs=rngs)
+    model = nnx.Sequential(nnx.Linear(3, 3, rngs=rngs), norm)
+    _, reasons = fold_nnx(rng, model, 2, 3)
+    assert "'layers/1' has a promote_dtype of its own, which may not be" in reasons
