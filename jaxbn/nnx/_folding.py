@@ -168,6 +168,7 @@ class FoldedBatchNorm(nnx.Module):
         use_running_average: bool | None = None,
         *,
         mask: ArrayLike | None = None,
+        update_statistics: bool = True,
     ) -> Array:
         """Return `x`; the other arguments are a batch norm's, and have no effect."""
         return x

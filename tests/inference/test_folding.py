@@ -387,6 +387,28 @@ def test_folded_bfloat16_layer_matches_the_model(net):
     assert_near(y, expected, 2e-2)
 
 
+class WithOptions(nn.Module):
+    norm: Any
+
+    @nn.compact
+    def __call__(self, x, **options):
+        return self.norm(True)(nn.Dense(4)(x), **options)
+
+
+@pytest.mark.usefixtures("standard_promotion")
+@pytest.mark.parametrize(
+    "options", [{"update_statistics": False}, {"mask": np.ones((2, 1), bool)}]
+)
+@pytest.mark.parametrize("norm", [jaxbn.linen.BatchNorm, jaxbn.linen.BatchRenorm])
+def test_skip_folded_takes_the_options_of_a_call(norm, options, rng):
+    model, x = WithOptions(norm), jnp.asarray(rng.normal(size=(2, 3)), jnp.float32)
+    variables = random_variables(rng, model, x)
+    folded = jaxbn.linen.fold(model, variables, x, **options)
+    with skip_folded():
+        actual = model.apply(folded, x, **options)
+    assert_near(actual, model.apply(variables, x, **options))
+
+
 class Scaled(nn.BatchNorm):
     """Extend the layer of Flax, as user code may."""
 
@@ -581,6 +603,31 @@ def test_nnx_fold_takes_paths_of_nested_layers(tower):
     assert_near(apply(folded), expected)
     assert_near(apply(nnx.view(folded, use_running_average=True)), expected)
     assert_same(apply(model), expected, 0)
+
+
+CALLS = [
+    {"update_statistics": False},
+    {"use_running_average": True, "mask": np.ones((2, 1), bool)},
+]
+
+
+class NNXWithOptions(nnx.Module):
+    def __init__(self, norm):
+        self.dense = nnx.Linear(3, 4, rngs=nnx.Rngs(0))
+        self.norm = norm(4, rngs=nnx.Rngs(0))
+
+    def __call__(self, x, **options):
+        return self.norm(self.dense(x), **options)
+
+
+@pytest.mark.usefixtures("standard_promotion")
+@pytest.mark.parametrize("options", CALLS)
+@pytest.mark.parametrize("norm", [jaxbn.nnx.BatchNorm, jaxbn.nnx.BatchRenorm])
+def test_folded_nnx_norm_takes_the_options_of_a_call(norm, options, rng):
+    model = randomized(rng, NNXWithOptions(norm))
+    x = jnp.asarray(rng.normal(size=(2, 3)), jnp.float32)
+    folded = jaxbn.nnx.fold(model, x, **options)
+    assert_near(folded(x, **options), model(x, **options))
 
 
 class Held(nnx.Module):
