@@ -55,6 +55,14 @@ def shard_like(array: Array, x: Array) -> Array:
     return jax.reshard(array, NamedSharding(sharding.mesh, spec))
 
 
+def replicate(array: Array) -> Array:
+    """Copy `array` to all devices of explicit mesh axes."""
+    sharding = jax.typeof(array).sharding
+    if sharding.mesh.empty or not any(sharding.spec):
+        return array
+    return jax.reshard(array, NamedSharding(sharding.mesh, PartitionSpec()))
+
+
 def explicit_shards(x: Array, axis: int) -> int:
     """Return over how many devices of explicit mesh axes an axis of x is divided."""
     sharding = jax.typeof(x).sharding

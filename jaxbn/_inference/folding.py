@@ -12,6 +12,7 @@ from jaxtyping import Inexact
 
 from .._core.axes import Axes, check_axis, expand_features, reduction_axes
 from .._core.options import check_epsilon
+from .._core.sharding import replicate, shard_like
 from .._core.variables import AnyParams, BatchNormState
 from .affine import Vector, centred_affine, check_inexact, check_statistics
 
@@ -111,7 +112,7 @@ def _fold(
     affine = norm_scale, norm_bias, mean, var
     vectors = centred_affine(*affine, epsilon, kernel, bias)
     trailing = tuple(range(bias.ndim - len(axes), bias.ndim))
-    kernel_scale = expand_features(vectors[0], axes, kernel.ndim)
+    kernel_scale = shard_like(expand_features(vectors[0], axes, kernel.ndim), kernel)
     scale, mean, offset = (expand_features(v, trailing, bias.ndim) for v in vectors)
     kernel, bias = kernel.astype(scale.dtype), bias.astype(scale.dtype)
     return kernel * kernel_scale, (bias - mean) * scale + offset
@@ -132,7 +133,7 @@ def _fold_before(
     affine = norm_scale, norm_bias, mean, var
     scale, mean, offset = centred_affine(*affine, epsilon, kernel, bias)
     kernel, bias = kernel.astype(scale.dtype), bias.astype(scale.dtype)
-    expand = partial(_expand_inputs, shape=kernel.shape, outputs=outputs, inputs=inputs)
+    expand = partial(_expand_inputs, kernel=kernel, outputs=outputs, inputs=inputs)
     shift = kernel * expand(offset - mean * scale)
     ascending = shift.sum(reduction_axes(outputs, kernel.ndim))
     added = ascending.transpose([sorted(outputs).index(a) for a in outputs])
@@ -140,17 +141,16 @@ def _fold_before(
     return kernel * expand(scale), bias + expand_features(added, trailing, bias.ndim)
 
 
-def _expand_inputs(
-    vector: Vector, shape: tuple[int, ...], outputs: Axes, inputs: Axes
-) -> Array:
+def _expand_inputs(vector: Vector, kernel: Array, outputs: Axes, inputs: Axes) -> Array:
     """Expand the input features to the kernel's rank, each group's to its outputs."""
-    along = tuple(shape[a] for a in inputs)
-    if vector.shape == along:
-        return expand_features(vector, inputs, len(shape))
-    per_group = vector.reshape(-1, *along)
-    repeats = shape[outputs[0]] // per_group.shape[0]
-    of_output = jnp.repeat(per_group, repeats, axis=0)
-    return expand_features(of_output, (*outputs, *inputs), len(shape))
+    along, axes = tuple(kernel.shape[a] for a in inputs), inputs
+    if vector.shape != along:
+        # On each device: shards need not be groups.
+        per_group = replicate(vector).reshape(-1, *along)
+        repeats = kernel.shape[outputs[0]] // per_group.shape[0]
+        vector = jnp.repeat(per_group, repeats, axis=0)
+        axes = (*outputs, *inputs)
+    return shard_like(expand_features(vector, axes, kernel.ndim), kernel)
 
 
 def _check_layer(

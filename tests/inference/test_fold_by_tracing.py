@@ -14,6 +14,8 @@ from flax import nnx
 from flax_helpers import assert_same, randomize
 from helpers import assert_near
 from jax import lax
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 import jaxbn
 from jaxbn.linen import skip_folded
@@ -121,6 +123,34 @@ def test_folded_layer_includes_the_batch_norm_before_it(name, rng):
         assert new_bias.shape == outputs
         folded = np.asarray(apply(x, new_kernel)) + np.asarray(new_bias)
         assert_near(folded, expected, 1e-13)
+
+
+@pytest.mark.parametrize("features", ["after", 4, 8, 16])
+@pytest.mark.parametrize("spec", [P(), P(None, None, "m"), P(None, "m", None)])
+def test_fold_takes_sharded_arrays(spec, features, rng):
+    mesh = Mesh(np.array(jax.devices()[:2]), "m", axis_types=(AxisType.Explicit,))
+    input_axis = None if features == "after" else -2
+    kernel, bias = rng.normal(size=(3, 4, 8)), rng.normal(size=8)
+    vectors = rng.uniform(0.1, 3.0, size=(4, 8 if features == "after" else features))
+
+    def fold(place):
+        params, state = jaxbn.init(vectors.shape[1])
+        scale, shift, mean, var = (place(a, P("m")) for a in vectors)
+        params = params._replace(scale=scale, bias=shift)
+        state = state._replace(mean=mean, var=var)
+        layer = place(kernel, spec), place(bias, P("m"))
+        with_bias = jaxbn.fold(*layer, params, state, input_axis=input_axis)
+        return with_bias, jaxbn.fold(
+            layer[0], None, params, state, input_axis=input_axis
+        )
+
+    expected = fold(lambda a, spec: jnp.float32(a))
+    with jax.set_mesh(mesh):
+        actual = fold(
+            lambda a, spec: jax.device_put(jnp.float32(a), NamedSharding(mesh, spec))
+        )
+        assert actual[0][0].sharding.is_equivalent_to(NamedSharding(mesh, spec), 3)
+    assert_same(jax.device_get(actual), expected, 1e-6)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
