@@ -1,13 +1,10 @@
 """Linear layers of Flax: the axes of their features, and which pad with zeros."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
 import numpy as np
-from flax.linen import dtypes as linen_dtypes
-from flax.nnx.nn import dtypes as nnx_dtypes
-from jax import lax
 
 from .._core.axes import Axes
 
@@ -32,18 +29,21 @@ DENSE = Linear(outputs=(-1,), inputs=((-1, -2),))
 
 OPTIONS = ("dot_general", "conv_general_dilated", "promote_dtype")
 OPTIONS += ("dot_general_cls", "conv_general_dilated_cls")
-# Of linen and nnx. Not the class's own defaults: those of a subclass may be custom.
-DEFAULTS = (None, lax.dot_general, lax.conv_general_dilated)
-DEFAULTS += (linen_dtypes.promote_dtype, nnx_dtypes.promote_dtype)
 
 
 def custom_option(layer: object) -> str:
     """Return the option with a function of the user, of a layer or batch norm."""
     for option in OPTIONS:
         function = getattr(layer, option, None)
-        if all(function is not default for default in DEFAULTS):
+        if function is not None and not _is_default(function, option):
             return option
     return ""
+
+
+def _is_default(function: Callable, option: str) -> bool:
+    """Recognize a default by its name; a subclass's own default may be custom."""
+    package = getattr(function, "__module__", "").partition(".")[0]
+    return package in {"flax", "jax"} and function.__name__ == option
 
 
 def describe_general(

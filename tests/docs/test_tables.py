@@ -126,7 +126,7 @@ def test_step_times_are_the_results():
 
 def steps_of(chip: str, **case: str | int) -> list[dict[str, Any]]:
     """Return the figures of jaxbn's and of Flax's step, counted for this chip."""
-    case = {"kept": "everything", "chips": 1, **case}
+    case = {"kept": "everything", "chips": 1} | case
     steps = json.loads((RESULTS / f"aot-{chip}.json").read_text())["steps"]
     found = [step for step in steps if case.items() <= step.items()]
     return sorted(found, key=lambda step: step["norm"], reverse=True)
@@ -161,9 +161,23 @@ def test_tpu_layers_are_the_results():
 
 
 def test_gpu_bytes_are_the_results():
-    *_, results = read_tables(RESULTS / "aot-h100.md")
-    moved = [r["GB moved"] for r in as_dicts(results) if r["dtype"] == "bfloat16"]
-    say(SUMMARY, *(f"{float(gb):.1f}" for gb in moved))
+    steps = steps_of("h100", network="ResNet-50", batch=32, dtype="bfloat16")
+    say(SUMMARY, *(f"{step['traffic'] / 1e9:.1f}" for step in steps))
+
+
+def test_memory_of_checkpoints_is_the_results():
+    """Relative to Flax's step, which keeps everything; the convolutions as a number."""
+    *_, (_, *rows) = read_tables(DOCS / "memory.md")
+    kinds = {"the policy": "policy", "`jax.checkpoint` of each block": "blocks"}
+    for (name, *cells), chip in zip(rows, ["h100", "v5e"] * 2, strict=True):
+        case = {"network": "ResNet-50", "batch": 128, "dtype": "bfloat16"}
+        _, flax = steps_of(chip, **case)
+        kept, place = name.split(", ")
+        (step,) = steps_of(chip, **case, kept=kinds[kept])
+        assert place.lower().endswith(chip)
+        ratios = [step[name] / flax[name] for name in ("temporary", "traffic")]
+        counts = [str(step["convolutions"]), str(flax["convolutions"])]
+        assert cells == [f"{ratio:.2f}" for ratio in ratios] + [" of ".join(counts)]
 
 
 def test_bytes_kept_are_the_results():
