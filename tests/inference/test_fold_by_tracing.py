@@ -18,6 +18,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jaxbn
+from jaxbn._flax.linear import custom_option
 from jaxbn.linen import skip_folded
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")
@@ -309,6 +310,12 @@ def test_linen_fold_leaves_layers_that_may_not_be_linear(layer, option, after, r
     assert f"has a {option} of its own, which may not be linear" in reasons
 
 
+def test_fold_knows_functions_of_flax_that_quantize():
+    quantizing = nn.Dense(3, dot_general_cls=nn.fp8_ops.Fp8DotGeneralOp)
+    assert custom_option(quantizing) == "dot_general_cls"
+    assert custom_option(nn.Dense(3)) == ""
+
+
 def test_linen_fold_takes_the_usual_functions(rng):
     model = nn.Sequential(
         [
@@ -499,6 +506,9 @@ RETURNED = {  # what the model returns, of a weight
     "in scan": lambda a: lax.scan(lambda c, _: (c, a), 0, length=2)[1],
     "in scan over it": lambda a: lax.scan(lambda c, a: (c, a), 0, a)[1],
     "as a carry": lambda a: lax.scan(lambda c, _: (c, 0), a, length=2)[0],
+    "as a carry that changes": lambda a: lax.scan(lambda c, _: (2 * c, 0), a, length=2)[
+        0
+    ],
     "into a carry": lambda a: lax.scan(
         lambda c, _: (a, 0), jnp.zeros_like(a), length=2
     )[0],
