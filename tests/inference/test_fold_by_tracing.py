@@ -310,10 +310,15 @@ def test_linen_fold_leaves_layers_that_may_not_be_linear(layer, option, after, r
     assert f"has a {option} of its own, which may not be linear" in reasons
 
 
-def test_fold_knows_functions_of_flax_that_quantize():
+def test_custom_option_knows_functions_by_name_and_package():
     quantizing = nn.Dense(3, dot_general_cls=nn.fp8_ops.Fp8DotGeneralOp)
     assert custom_option(quantizing) == "dot_general_cls"
     assert custom_option(nn.Dense(3)) == ""
+
+    def dot_general(x, kernel, *args, **kwargs):
+        return quantized_dot(x, kernel, *args, **kwargs)
+
+    assert custom_option(nn.Dense(3, dot_general=dot_general)) == "dot_general"
 
 
 def test_linen_fold_takes_the_usual_functions(rng):
