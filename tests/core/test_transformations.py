@@ -117,6 +117,16 @@ def test_plain_autodiff_is_plain_jax(n, train, rng):
         assert word not in text
 
 
+def assert_jet_matches_nested_jvp(forward, x, v):
+    def derivative(x):
+        return jax.jvp(forward, (x,), (v,))[1]
+
+    _, (first, second) = jet(forward, (x,), ((v, jnp.zeros_like(v)),))
+    expected, expected_second = jax.jvp(derivative, (x,), (v,))
+    np.testing.assert_allclose(first, expected, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(second, expected_second, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("train", [True, False])
 @pytest.mark.parametrize("n", [8, 131072])
 def test_taylor_mode_matches_nested_jvp(n, train, rng):
@@ -126,13 +136,7 @@ def test_taylor_mode_matches_nested_jvp(n, train, rng):
     def forward(x):
         return plain_forward(case, train)(x)[0]
 
-    def derivative(x):
-        return jax.jvp(forward, (x,), (v,))[1]
-
-    _, (first, second) = jet(forward, (case.x,), ((v, jnp.zeros_like(v)),))
-    expected, expected_second = jax.jvp(derivative, (case.x,), (v,))
-    np.testing.assert_allclose(first, expected, rtol=1e-5, atol=1e-5)
-    np.testing.assert_allclose(second, expected_second, rtol=1e-4, atol=1e-4)
+    assert_jet_matches_nested_jvp(forward, case.x, v)
 
 
 @pytest.mark.parametrize("limits", [(1.0, 0.0), (1.2, 0.1), (9.0, 9.0)])
@@ -145,13 +149,7 @@ def test_taylor_mode_of_renorm_matches_nested_jvp(limits, rng):
         options: dict[str, Any] = {"r_max": limits[0], "d_max": limits[1]}
         return jaxbn.batch_renorm(*variables, x, True, autodiff="jax", **options)[0]
 
-    def derivative(x):
-        return jax.jvp(forward, (x,), (v,))[1]
-
-    _, (first, second) = jet(forward, (case.x,), ((v, jnp.zeros_like(v)),))
-    expected, expected_second = jax.jvp(derivative, (case.x,), (v,))
-    np.testing.assert_allclose(first, expected, rtol=1e-5, atol=1e-5)
-    np.testing.assert_allclose(second, expected_second, rtol=1e-4, atol=1e-4)
+    assert_jet_matches_nested_jvp(forward, case.x, v)
 
 
 def test_plain_autodiff_supports_vmap_of_jvp(small, rng):
