@@ -177,7 +177,7 @@ def test_memory_of_checkpoints_is_the_results():
         assert place.lower().endswith(chip)
         ratios = [step[name] / flax[name] for name in ("temporary", "traffic")]
         counts = [str(step["convolutions"]), str(flax["convolutions"])]
-        assert cells == [f"{ratio:.2f}" for ratio in ratios] + [" of ".join(counts)]
+        assert cells == [f"{ratio:.2f}" for ratio in ratios] + [" versus ".join(counts)]
 
 
 def test_bytes_kept_are_the_results():
