@@ -23,12 +23,9 @@ MIN_RUN = 48  # shorter runs write too many sums
 def sum_columns(x: Array, axes: Axes) -> Array:
     """Sum over `axes`, which stay with length 1, first over runs of rows if it pays."""
     is_of_columns = axes != () and axes[-1] < x.ndim - 1  # XLA sums rows well
-    if not is_of_columns or not isinstance(x.size, int) or x.size == 0:
-        return sum_over(x, axes)
-    # The batch stays whole, however it is sharded, unless all rows are in its axis.
-    cut = next((a for a in axes[1:] if x.shape[a] > 1), axes[0])
-    num_runs = _num_runs(x, axes, cut)
-    if num_runs is None:
+    cut = axis_to_cut(x, axes) if is_of_columns else None
+    num_runs = None if cut is None else _num_runs(x, axes, cut)
+    if cut is None or num_runs is None:
         return sum_over(x, axes)
     runs = split_axis(x, cut, x.shape[cut] // num_runs)
     sums = jnp.sum(runs, [a + 1 for a in axes if a >= cut], keepdims=True)
@@ -36,18 +33,30 @@ def sum_columns(x: Array, axes: Axes) -> Array:
     return sum_over(lax.optimization_barrier(jnp.squeeze(sums, cut + 1)), axes)
 
 
+def axis_to_cut(x: Array, axes: Axes) -> int | None:
+    """Return an axis of rows whose runs lie on one device each, or `None`.
+
+    The batch stays whole, however it is sharded, unless all rows are in its axis.
+    """
+    if axes == () or not isinstance(x.size, int) or x.size == 0:
+        return None
+    inner = [a for a in axes[1:] if x.shape[a] > 1]
+    cut = inner[0] if inner else axes[0]
+    if not inner and x.shape[cut].bit_count() > 1:
+        return None  # devices that share a power of two of rows hold whole runs
+    if cut == x.ndim - 1 or jax.typeof(x).sharding.spec[cut] is not None:
+        return None  # JAX does not reshape an explicitly sharded axis
+    return cut
+
+
 def _num_runs(x: Array, axes: Axes, cut: int) -> int | None:
     """Return the number of runs along axis `cut`, `None` for a single step."""
-    if jax.typeof(x).sharding.spec[cut] is not None:
-        return None  # JAX does not reshape an explicitly sharded axis
     n = math.prod(x.shape[a] for a in axes)
     outer = math.prod(x.shape[a] for a in axes if a < cut)
     blocks_per_run = math.ceil(x.size // n / COLUMNS_PER_BLOCK)
     if n > MAX_UNCUT_ROWS:  # XLA cuts these, mid-sized ones into many short runs
         is_better = 128 <= n // outer <= MAX_UNCUT_ROWS
         return 1 if is_better and outer * blocks_per_run >= MIN_BLOCKS else None
-    if cut == axes[0] and n.bit_count() > 1:
-        return None  # devices that share a power of two of rows hold whole runs
     counts = [k for k in divisors(x.shape[cut]) if n // outer // k >= MIN_RUN]
     if not counts:
         return None
