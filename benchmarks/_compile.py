@@ -24,7 +24,7 @@ from ._timing import interleave, summarize
 
 REFERENCE = "flax.linen"
 LIBRARIES = (REFERENCE, "jaxbn.linen", "jaxbn")
-SHAPES = (Shape("", (128, 32)), Shape("", (4096, 32)))
+SHAPES = (Shape("", (128, 32)), Shape("", (16384, 32)))
 PROGRAMS = ("training step", "forward")
 STAGES = ("lower", "compile", "together")
 

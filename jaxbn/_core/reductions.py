@@ -220,11 +220,11 @@ def _sum_of_products(dy: Array, x: Array, axes: Axes, dtype: DTypeLike) -> Array
     length = None if cut is None else _length_of_runs(x.shape[cut], cut == axes[0])
     if cut is None or length is None:
         return sum_over(_products(dy, x, 0, dtype), axes)
-    dy_rows, x_rows = (
-        jnp.unstack(split_axis(v, cut, length), axis=cut + 1) for v in (dy, x)
-    )
-    first, *others = map(partial(_products, shift=0, dtype=dtype), dy_rows, x_rows)
-    return sum_over(lax.optimization_barrier(sum(others, first)), axes)
+    runs = (split_axis(v, cut, length) for v in (dy, x))
+    rows = (jnp.split(v, length, axis=cut + 1) for v in runs)
+    first, *others = map(partial(_products, shift=0, dtype=dtype), *rows)
+    sums = jnp.squeeze(sum(others, first), cut + 1)
+    return sum_over(lax.optimization_barrier(sums), axes)
 
 
 def _length_of_runs(rows: int, is_batch: bool) -> int | None:
