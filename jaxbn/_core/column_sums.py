@@ -42,8 +42,6 @@ def axis_to_cut(x: Array, axes: Axes) -> int | None:
         return None
     inner = [a for a in axes[1:] if x.shape[a] > 1]
     cut = inner[0] if inner else axes[0]
-    if not inner and x.shape[cut].bit_count() > 1:
-        return None  # devices that share a power of two of rows hold whole runs
     if cut == x.ndim - 1 or jax.typeof(x).sharding.spec[cut] is not None:
         return None  # JAX does not reshape an explicitly sharded axis
     return cut
@@ -57,6 +55,8 @@ def _num_runs(x: Array, axes: Axes, cut: int) -> int | None:
     if n > MAX_UNCUT_ROWS:  # XLA cuts these, mid-sized ones into many short runs
         is_better = 128 <= n // outer <= MAX_UNCUT_ROWS
         return 1 if is_better and outer * blocks_per_run >= MIN_BLOCKS else None
+    if cut == axes[0] and n.bit_count() > 1:
+        return None  # devices that share a power of two of rows hold whole runs
     counts = [k for k in divisors(x.shape[cut]) if n // outer // k >= MIN_RUN]
     if not counts:
         return None

@@ -226,7 +226,7 @@ def _normalize_bwd(
     x, mean, var, scale, epsilon = residuals
     x = as_array(x)
     inv_std = inverse_std(var, epsilon)
-    dbias, products = product_sums(dy, x, mean, var, axes)
+    dbias, products = product_sums(dy, x, mean, axes)
     dscale = inv_std * products
     dvar = -0.5 * scale * dscale * inv_std * inv_std  # this order: inv_std³ underflows
     dmean = -scale * inv_std * dbias

@@ -3,10 +3,9 @@
 The sums that read x (two forward, two backward) are the one part of the package that
 knows platforms, because XLA treats two sums that share terms differently:
 
-- CPU: a sum of x or x² runs at memory speed, but a cast that two sums share is written
-  out first, and so is a subtracted vector. Each sum of a large x therefore reads x by
-  itself, and unshifted sums serve where they do not cancel. A sum of dy·x takes twice
-  as long, unless runs of rows are added first.
+- CPU: a cast that two sums share is written to memory first, and so is a subtracted
+  vector. Each sum of a large x therefore reads x by itself; those of x and x² are taken
+  about zero where they do not cancel, those of products over runs of rows.
 - CUDA: XLA prices each sum alone and may write out the terms that two sums share. Both
   are therefore one sum of complex numbers.
 - TPU: two plain sums, which XLA fuses into the convolution that computes x if they wait
@@ -23,9 +22,10 @@ from jax import Array, lax
 from jax.typing import DTypeLike
 from jaxtyping import Float, Inexact
 
-from .axes import Axes, split_axis
-from .column_sums import axis_to_cut, sum_columns
+from .axes import Axes
+from .column_sums import sum_columns
 from .dtypes import abs_square
+from .run_sums import sum_over_runs
 from .sharding import match_vma, shard_like
 from .shift import Guess, guessed_shift, sample, sums_are_accurate
 from .weights import (
@@ -43,7 +43,6 @@ Sums = Callable[..., tuple[Array, ...]]  # from axes and arrays, their sums
 # Smaller arrays stay in a CPU's cache. There a conditional, or a separate kernel for a
 # vector, takes as much time as it saves, and more to compile.
 MIN_SIZE_FOR_CPU_FORMS = 2**18
-MIN_RUN, MAX_RUN = 7, 20  # shorter runs write many sums, longer ones compile slowly
 
 
 def _plain_sums(axes: Axes, *arrays: Array) -> tuple[Array, ...]:
@@ -96,17 +95,34 @@ def _sums_unshifted_if_safe(
     x: Array, weights: Weights | None, axes: Axes, dtype: DTypeLike
 ) -> tuple[Array, Array, Array]:
     """Return `shifted_sums` for s = 0 if they do not cancel, else for the mean."""
-    total, squares = _sums_shifted_by(0, *_prevent_cse(x), weights, axes, dtype)
+    total, squares = _sums_about_zero(x, weights, axes, dtype)
     n = total_weight(x, weights, axes)
     mean, is_safe = _offset_and_accuracy(total, squares, n)
 
     def far() -> Pair:
         # Divided again here, which XLA fuses: an operand costs a kernel.
         shift = divide_by_count(total, n)
-        return _sums_shifted_by(shift, *_prevent_cse(x), weights, axes, dtype)
+        deviation = lax.optimization_barrier(x.astype(dtype) - shift)
+        return _sums_about_zero(deviation, weights, axes, dtype)
 
     sums = lax.cond(is_safe, lambda: (total, squares), far)
     return jnp.where(is_safe, 0, mean), *sums
+
+
+def _sums_about_zero(
+    x: Array, weights: Weights | None, axes: Axes, dtype: DTypeLike
+) -> Pair:
+    """Return Σ wx and Σ w|x|², each from a pass of its own over `x`."""
+
+    def weighted(x: Array, weights: Weights | None) -> Array:
+        return apply_weights(x.astype(dtype), weights)
+
+    def weighted_squares(x: Array, weights: Weights | None) -> Array:
+        return apply_weights(abs_square(x.astype(dtype)), weights)
+
+    x, x_copy = _prevent_cse(x)
+    total = sum_over_runs(weighted, axes, x, weights)
+    return total, sum_over_runs(weighted_squares, axes, x_copy, weights)
 
 
 def _sums_shifted_by_guess_if_safe(
@@ -121,7 +137,7 @@ def _sums_shifted_by_guess_if_safe(
     The guess does not wait for x, so that the sums can be fused with what computes x.
     """
     shift = guessed_shift(guess, dtype)
-    total, squares = _sums_shifted_by(shift, x, x, weights, axes, dtype)
+    total, squares = _sums_shifted_by(shift, x, weights, axes, dtype)
     _, is_safe = _offset_and_accuracy(total, squares, total_weight(x, weights, axes))
     shift = shard_like(jnp.broadcast_to(shift, total.shape), total)
     near = match_vma(shift, total, squares)
@@ -148,7 +164,7 @@ def _sums_shifted_by_mean(
     """Return `shifted_sums` for the mean, from a pass of its own."""
     total = sum_over(apply_weights(x.astype(dtype), weights), axes)
     mean = divide_by_count(total, total_weight(x, weights, axes))
-    return mean, *_sums_shifted_by(mean, x, x, weights, axes, dtype)
+    return mean, *_sums_shifted_by(mean, x, weights, axes, dtype)
 
 
 def _sums_shifted_by_sample(
@@ -156,21 +172,20 @@ def _sums_shifted_by_sample(
 ) -> tuple[Array, Array, Array]:
     """Return `shifted_sums` for the mean of a sample of `x`."""
     shift = lax.stop_gradient(_shift_from_sample(x, weights, axes, dtype, sums))
-    return shift, *_sums_shifted_by(shift, x, x, weights, axes, dtype, sums)
+    return shift, *_sums_shifted_by(shift, x, weights, axes, dtype, sums)
 
 
 def _sums_shifted_by(
-    shift: Array | int,
+    shift: Array,
     x: Array,
-    x_copy: Array,
     weights: Weights | None,
     axes: Axes,
     dtype: DTypeLike,
     sums: Sums = _plain_sums,
 ) -> Pair:
-    """Return Σ w(x-s) and Σ w|x-s|², the second from `x_copy`."""
-    deviation, other = x.astype(dtype) - shift, x_copy.astype(dtype) - shift
-    squares = apply_weights(abs_square(other), weights)
+    """Return Σ w(x-s) and Σ w|x-s|²."""
+    deviation = x.astype(dtype) - shift
+    squares = apply_weights(abs_square(deviation), weights)
     total, squares = sums(axes, apply_weights(deviation, weights), squares)
     return total, squares
 
@@ -179,62 +194,34 @@ def product_sums(
     dy: Inexact[Array, "*x"],
     x: Inexact[Array, "*x"],
     mean: Float[Array, "*stats"],
-    var: Float[Array, "*stats"],
     axes: Axes,
 ) -> Pair:
     """Return Σ dy and Σ dy·(x - μ) of each feature, in the dtype of μ."""
-    with_deviation = partial(_products_with_deviation, axes=axes)
-    plain = partial(with_deviation, sums=_plain_sums)
+    plain = partial(_sums_with_products, axes=axes, sums=_plain_sums)
+    by_runs = partial(_sums_with_products_by_runs, axes=axes)
     return lax.platform_dependent(
-        *(dy, x, mean, var),
-        cpu=partial(_products_unshifted_if_safe, axes=axes) if _is_large(x) else plain,
-        cuda=partial(with_deviation, sums=_packed_sums),
+        *(dy, x, mean),
+        cpu=by_runs if _is_large(x) else plain,
+        cuda=partial(_sums_with_products, axes=axes, sums=_packed_sums),
         default=plain,
     )
 
 
-def _products_with_deviation(
-    dy: Array, x: Array, mean: Array, var: Array, axes: Axes, sums: Sums
+def _sums_with_products(
+    dy: Array, x: Array, mean: Array, axes: Axes, sums: Sums
 ) -> Pair:
-    del var
-    products = _products(dy, x, mean, mean.dtype)
-    total, products = sums(axes, dy.astype(mean.dtype), products)
+    total, products = sums(axes, dy.astype(mean.dtype), _products(dy, x, mean))
     return total, products
 
 
-def _products_unshifted_if_safe(
-    dy: Array, x: Array, mean: Array, var: Array, axes: Axes
-) -> Pair:
+def _sums_with_products_by_runs(dy: Array, x: Array, mean: Array, axes: Axes) -> Pair:
     dy, dy_copy = _prevent_cse(dy)
     total = sum_over(dy.astype(mean.dtype), axes)
-    return total, lax.cond(
-        sums_are_accurate(mean, var),
-        lambda: _sum_of_products(dy_copy, x, axes, mean.dtype) - mean * total,
-        lambda: sum_over(_products(dy_copy, x, mean, mean.dtype), axes),
-    )
+    return total, sum_over_runs(_products, axes, dy_copy, x, mean)
 
 
-def _sum_of_products(dy: Array, x: Array, axes: Axes, dtype: DTypeLike) -> Array:
-    """Return Σ dy·x, first over runs of rows: XLA:CPU adds these at memory speed."""
-    cut = axis_to_cut(x, axes)
-    length = None if cut is None else _length_of_runs(x.shape[cut], cut == axes[0])
-    if cut is None or length is None:
-        return sum_over(_products(dy, x, 0, dtype), axes)
-    runs = (split_axis(v, cut, length) for v in (dy, x))
-    rows = (jnp.split(v, length, axis=cut + 1) for v in runs)
-    first, *others = map(partial(_products, shift=0, dtype=dtype), *rows)
-    sums = jnp.squeeze(sum(others, first), cut + 1)
-    return sum_over(lax.optimization_barrier(sums), axes)
-
-
-def _length_of_runs(rows: int, is_batch: bool) -> int | None:
-    """Return a divisor of `rows`; up to 16 devices hold whole runs of a batch."""
-    most = min(MAX_RUN, rows // 16) if is_batch else MAX_RUN
-    return next((k for k in range(most, MIN_RUN - 1, -1) if rows % k == 0), None)
-
-
-def _products(dy: Array, x: Array, shift: Array | int, dtype: DTypeLike) -> Array:
-    return dy.astype(dtype) * (x.astype(dtype) - shift)
+def _products(dy: Array, x: Array, mean: Array) -> Array:
+    return dy.astype(mean.dtype) * (x.astype(mean.dtype) - mean)
 
 
 def materialize_on_cpu(x: Array, *vectors: Array) -> tuple[Array, ...]:
