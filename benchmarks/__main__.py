@@ -20,6 +20,7 @@ from . import (
     _ensemble,
     _growth,
     _layers,
+    _masks,
     _memory,
     _plots,
     _report,
@@ -38,6 +39,7 @@ SECTIONS = {
     "step": _step,
     "growth": _growth,
     "ensemble": _ensemble,
+    "masks": _masks,
     "layers": _layers,  # last, because it ends with the summary
 }
 HERE = Path(__file__).parent

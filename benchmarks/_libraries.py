@@ -19,7 +19,7 @@ class Layer(NamedTuple):
 
     params: Any
     state: Any
-    train: Callable[[Any, Any, jax.Array], tuple[jax.Array, Any]]
+    train: Callable[..., tuple[jax.Array, Any]]  # of params, state, x, maybe a mask
     inference: Callable[[Any, Any, jax.Array], jax.Array]
     read_params: Callable[[Any], Sequence]  # (scale, bias) of params, or their gradient
     read_state: Callable[[Any], Sequence]  # (mean, var)
@@ -44,7 +44,9 @@ def jaxbn_function(task: Task) -> Layer:
         jaxbn.BatchNormState(
             jnp.asarray(task.mean), jnp.asarray(task.var), jnp.zeros((), jnp.int32)
         ),
-        lambda params, state, x: jaxbn.batch_norm(params, state, x, True, **options),
+        lambda params, state, x, **more: jaxbn.batch_norm(
+            params, state, x, True, **options, **more
+        ),
         lambda params, state, x: jaxbn.batch_norm(params, state, x, False, **options)[
             0
         ],
@@ -65,9 +67,11 @@ def linen(module: str, **options: Any) -> Callable[[Task], Layer]:
             **options,
         )
 
-        def train(params: Any, state: Any, x: jax.Array) -> tuple[jax.Array, Any]:
+        def train(
+            params: Any, state: Any, x: jax.Array, **more: Any
+        ) -> tuple[jax.Array, Any]:
             variables = {"params": params, "batch_stats": state}
-            y, new = layer.apply(variables, x, False, mutable="batch_stats")
+            y, new = layer.apply(variables, x, False, mutable="batch_stats", **more)
             return y, new["batch_stats"]
 
         def inference(params: Any, state: Any, x: jax.Array) -> jax.Array:

@@ -42,6 +42,7 @@ def figures(data: dict) -> dict[str, Figure]:
         "compile": lambda data: {},  # a short table
         "drift": lambda data: {},
         "ensemble": lambda data: {},
+        "masks": lambda data: {},
         "memory": _memory,
         "accuracy": _accuracy,
     }[data["section"]](data)

@@ -39,7 +39,8 @@ def pages(data: dict) -> dict[str, list[Table]]:
     tables = {
         "layers": _layers,
         "growth": _growth,
-        "ensemble": _ensemble,
+        "ensemble": _kinds_of_steps,
+        "masks": _kinds_of_steps,
         "step": _step,
         "compile": _compile,
         "memory": _memory,
@@ -51,8 +52,8 @@ def pages(data: dict) -> dict[str, list[Table]]:
     return {data["section"]: tables}
 
 
-def _ensemble(data: dict) -> list[Table]:
-    """Return the summary, then a table of shapes for each dtype and ensemble."""
+def _kinds_of_steps(data: dict) -> list[Table]:
+    """Return the summary, then a table of shapes for each dtype and kind of step."""
     phases = _columns(data["rows"], "phase")
     return [_summary(data["summary"]), *_by_phase(data["rows"], phases)]
 

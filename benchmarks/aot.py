@@ -47,7 +47,7 @@ SHAPES = (  # features last: layers of ResNet-50 at batch 32, then of dense netw
 )
 LAYERS = (*((shape, -1) for shape in SHAPES), ((32, 64, 56, 56), 1))  # shape, features
 # On 2 cores; a layer is compiled three times.
-SECONDS = {"h100": {"layer": 5, "network": 60}, "v5e": {"layer": 15, "network": 180}}
+SECONDS = {"h100": {"layer": 2, "network": 40}, "v5e": {"layer": 3, "network": 110}}
 
 
 class Passes(NamedTuple):

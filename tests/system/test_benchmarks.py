@@ -16,6 +16,7 @@ from benchmarks import (
     _ensemble,
     _layers,
     _libraries,
+    _masks,
     _programs,
     _report,
     _task,
@@ -295,6 +296,25 @@ def test_every_member_of_an_ensemble_equals_reference(name, rng):
     wrong = expected._replace(dx=expected.dx + 1)
     with pytest.raises(RuntimeError, match="member 0 of 3: dx is off by"):
         _ensemble.check_members(task, layer, program, wrong, 3)
+
+
+@pytest.mark.parametrize("kind", _masks.KINDS)
+def test_masked_steps_agree_and_use_the_mask(kind, rng):
+    """The batch's statistics are of the kept positions alone."""
+    task = some_task(rng, momentum=0.0)
+    layers = {n: _libraries.LIBRARIES[n].build(task) for n in _masks.LIBRARIES}
+    mask = _masks.random_mask(rng, kind, task.shape)
+    steps = {n: _masks.masked_step(task, layers[n], mask) for n in layers}
+    _masks.check_agreement(task, layers, steps)
+    kept = np.broadcast_to(True if mask is None else mask, task.x.shape)
+    mean = task.x.mean(tuple(range(task.x.ndim - 1)), where=kept)
+    for name, layer in layers.items():
+        results = _masks.run_step(layer, steps[name])
+        np.testing.assert_allclose(results.mean, mean, atol=1e-5)
+    first = np.arange(16).reshape(16, 1, 1, 1) < 4
+    other = {"flax.linen": _masks.masked_step(task, layers["flax.linen"], first)}
+    with pytest.raises(RuntimeError, match="versus jaxbn: y is off by"):
+        _masks.check_agreement(task, layers, steps | other)
 
 
 @pytest.mark.parametrize("name", _drift.LIBRARIES)
