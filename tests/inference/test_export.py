@@ -169,11 +169,11 @@ def test_common_program_contains_the_form_of_each_platform(batch, rng):
     by_platform = [branches for branches in choices(module) if len(branches) == 3]
     by_accuracy = [branches for branches in choices(module) if len(branches) == 2]
     assert len(by_platform) == 2  # forward and backward
-    assert len(by_accuracy) == 3  # both on a CPU, the forward on a TPU
+    assert len(by_accuracy) == 2  # the forward on a CPU and on a TPU
     barriers = 0
     for i, (cpu, cuda, other) in enumerate(by_platform):
         by_accuracy = [[*choices(form)] for form in (cpu, cuda, other)]
-        assert [len(found) for found in by_accuracy] == [1, 0, 1 - i]
+        assert [len(found) for found in by_accuracy] == [1 - i, 0, 1 - i]
         assert [("complex" in form) for form in (cpu, cuda, other)] == [0, 1, 0]
         assert BARRIER not in other
         barriers += cpu.count(BARRIER) + cuda.count(BARRIER)
@@ -199,5 +199,5 @@ def test_cpu_compiles_only_its_form_of_the_common_program(rng):
     loaded = export.deserialize(export_for(PLATFORMS, train_step, rng).serialize())
     compiled = jax.jit(loaded.call).lower(*shapes(rng, BATCH)).compile()
     text = compiled.as_text() or ""
-    assert len(re.findall(r" conditional\(", text)) == 2  # forward and backward
+    assert len(re.findall(r" conditional\(", text)) == 1  # in the forward
     assert "c64[" not in text
