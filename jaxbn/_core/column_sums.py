@@ -34,7 +34,7 @@ def sum_columns(x: Array, axes: Axes) -> Array:
 
 
 def axis_to_cut(x: Array, axes: Axes) -> int | None:
-    """Return an axis of rows whose runs lie on one device each, or `None`.
+    """Return the axis of rows that can be cut into runs, or `None`.
 
     The batch stays whole, however it is sharded, unless all rows are in its axis.
     """
@@ -42,9 +42,9 @@ def axis_to_cut(x: Array, axes: Axes) -> int | None:
         return None
     inner = [a for a in axes[1:] if x.shape[a] > 1]
     cut = inner[0] if inner else axes[0]
-    if cut == x.ndim - 1 or jax.typeof(x).sharding.spec[cut] is not None:
-        return None  # JAX does not reshape an explicitly sharded axis
-    return cut
+    # JAX cuts no explicitly sharded axis, and the last axis holds no rows.
+    is_sharded = jax.typeof(x).sharding.spec[cut] is not None
+    return None if is_sharded or cut == x.ndim - 1 else cut
 
 
 def _num_runs(x: Array, axes: Axes, cut: int) -> int | None:

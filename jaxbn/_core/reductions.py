@@ -101,8 +101,7 @@ def _sums_unshifted_if_safe(
 
     def far() -> Pair:
         # Divided again here, which XLA fuses: an operand costs a kernel.
-        shift = divide_by_count(total, n)
-        deviation = lax.optimization_barrier(x.astype(dtype) - shift)
+        deviation = x.astype(dtype) - divide_by_count(total, n)
         return _sums_about_zero(deviation, weights, axes, dtype)
 
     sums = lax.cond(is_safe, lambda: (total, squares), far)
