@@ -93,6 +93,6 @@ def check_members(
     for i in range(members):
         y, state, dparams, dx = jax.tree.map(lambda a, i=i: np.asarray(a[i]), results)
         y, dx = (np.roll(a, -i, 0) for a in (y, dx))
-        got = Results(y, dx, *layer.read_params(dparams), *layer.read_state(state))
+        got = _programs.results_of(layer, y, state, dparams, dx)
         if wrong := find_mismatch(task, got, expected):
             raise RuntimeError(f"member {i} of {members}: {wrong}")

@@ -95,8 +95,6 @@ def check_agreement(
 
 
 def run_step(layer: Layer, program: _programs.Program) -> Results:
-    """Return the results of one step, in NumPy."""
+    """Run the step once, and return its results."""
     program()
-    y, state, dparams, dx = jax.tree.map(np.asarray, program.result())
-    arrays = y, dx, *layer.read_params(dparams), *layer.read_state(state)
-    return Results(*(np.asarray(array, np.float32) for array in arrays))
+    return _programs.results_of(layer, *program.result())

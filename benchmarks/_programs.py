@@ -178,6 +178,10 @@ def run_step(
     run_backward()
     dparams, dx = run_backward.result()
     y, dx = (to_task_layout(task, layer, a) for a in (y, dx))
+    return results_of(layer, y, state, dparams, dx)
+
+
+def results_of(layer: Layer, y: Any, state: Any, dparams: Any, dx: Any) -> Results:
+    """Copy the results of a step, because the next call overwrites them."""
     vectors = (*layer.read_params(dparams), *layer.read_state(state))
-    copies = [np.array(a) for a in (y, dx, *vectors)]  # the next call overwrites them
-    return Results(*copies)
+    return Results(*(np.array(a) for a in (y, dx, *vectors)))
