@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 import jax.numpy as jnp
 import numpy as np
-from jax import Array
+from jax import Array, lax
 
 Axes = tuple[int, ...]
 
@@ -71,3 +71,12 @@ def split_axis(array: Array, axis: int, size: int) -> Array:
     length = array.shape[axis]
     groups = (1, 1) if length == 1 else (length // size, size)
     return array.reshape(*array.shape[:axis], *groups, *array.shape[axis + 1 :])
+
+
+def every_kth(array: Array, k: int, axis: int, start: int = 0) -> Array:
+    """Return every `k`-th row along `axis`, from `start` on."""
+    if start + k < array.shape[axis]:
+        return lax.slice_in_dim(array, start, None, k, axis)
+    # One row, without a stride: XLA's partitioner loses it if the axis is sharded.
+    end = min(start + 1, array.shape[axis])
+    return lax.slice_in_dim(array, start, end, axis=axis)

@@ -153,5 +153,5 @@ def _train(
     params, state, x, mask, batch_weight, epsilon = arguments
     x_acc = in_accumulation_dtype(x, state, options)
     mean, var, batch = batch_moments(state, x_acc, x, mask, options)
-    state = update(state, batch, batch_weight, options.unbiased)
+    state = update(state, batch, batch_weight, options.unbiased, options.axis_name)
     return normalize_batch(params, mean, var, x_acc, x, epsilon, options), state

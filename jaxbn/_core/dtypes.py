@@ -12,6 +12,11 @@ def as_array(x: ArrayLike) -> Array:
     return x if isinstance(x, Array) else jnp.asarray(x)
 
 
+def is_inexact(dtype: DTypeLike) -> bool:
+    """Decide whether a dtype is floating or complex, with at least 16 bits."""
+    return jnp.issubdtype(dtype, jnp.inexact) and jnp.finfo(dtype).bits >= 16
+
+
 def accumulation_dtype(*dtypes: DTypeLike) -> np.dtype:
     """Return the widest of `dtypes`, at least float32: the dtype of all sums."""
     with jax.numpy_dtype_promotion("standard"):  # "strict" refuses bfloat16 + float32

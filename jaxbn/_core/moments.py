@@ -17,6 +17,7 @@ from jaxtyping import Array, Bool, Float, Inexact, Real
 from .axes import Axes
 from .checkpoint import name_saved
 from .dtypes import as_array
+from .mask_scale import Scale
 from .reductions import materialize_on_cpu, plain_shifted_sums, shifted_sums
 from .sharding import match_vma
 from .shift import Guess
@@ -34,14 +35,17 @@ class Moments(NamedTuple):
     """Hold the mean μ, the biased variance σ² and n of each feature.
 
     All have x's rank, with length 1 along the reduction axes. n is a Python int unless
-    x is masked; then it may also have length 1 along feature axes. `weight` is Σ w
-    where that is not n: for a floating mask.
+    x is masked, merged or of symbolic size; then it may have length 1 along feature
+    axes too. For a floating mask `dof` is n - 1, not rounded, and Σ mask is `total`
+    times `scale`.
     """
 
     mean: Inexact[Array, "*stats"]
     var: Float[Array, "*stats"]
     n: Float[Array, "*#stats"] | int
-    weight: Float[Array, "*#stats"] | None = None
+    dof: Float[Array, "*#stats"] | None = None
+    total: Float[Array, "*#stats"] | None = None
+    scale: Scale | None = None
 
 
 def moments(
@@ -69,7 +73,8 @@ def moments(
     var = divide_by_count(m2, total_weight(x, weights, axes))
     if weights is None:
         return Moments(mean, var, num_elements(x, axes))
-    return Moments(mean, var, weights.n, weights.sum_of_mask)
+    total = None if weights.scale is None else weights.total
+    return Moments(mean, var, weights.n, weights.dof, total, weights.scale)
 
 
 def _formula(

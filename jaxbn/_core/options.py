@@ -7,12 +7,12 @@ from typing import Literal, NamedTuple, get_args
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
-from jax.errors import ConcretizationTypeError, TracerBoolConversionError
+from jax.errors import ConcretizationTypeError
 from jax.typing import ArrayLike, DTypeLike
 
 from .axes import Axes
 from .checkpoint import name_saved
-from .dtypes import as_array
+from .dtypes import as_array, is_inexact
 from .sync import AxisName, Groups
 
 Autodiff = Literal["custom_vjp", "jax"]
@@ -33,9 +33,10 @@ class StaticOptions(NamedTuple):
 def check_input(x: ArrayLike) -> Array:
     """Return `x` as a floating or complex array with at least one axis."""
     x = as_array(x)
-    if not jnp.issubdtype(x.dtype, jnp.inexact):
+    if not is_inexact(x.dtype):
         raise TypeError(
-            f"x must be floating or complex; got {x.dtype} of shape {x.shape}. "
+            "x must be floating or complex, of 16 bits or more; got "
+            f"{x.dtype} of shape {x.shape}. "
             "Cast it first, for instance x.astype(jnp.float32)."
         )
     if x.ndim == 0:
@@ -116,23 +117,23 @@ def _check_scalar(name: str, value: ArrayLike) -> float | Array:
 
 def check_unbiased(unbiased: bool) -> bool:
     """Return `unbiased` as a Python bool."""
-    try:
+    if isinstance(unbiased, bool | np.bool_):
         return bool(unbiased)
-    except TracerBoolConversionError:
-        raise TypeError(
-            f"unbiased must be a Python bool, known while tracing; got {unbiased!r}. "
-            "Bind it before jit: functools.partial(jaxbn.batch_norm, unbiased=False)."
-        ) from None
+    raise TypeError(
+        f"unbiased must be a Python bool, known while tracing; got {unbiased!r}. "
+        "Bind it before jit: functools.partial(jaxbn.batch_norm, unbiased=False)."
+    )
 
 
 def check_output_dtype(dtype: DTypeLike | None, x_dtype: np.dtype) -> np.dtype:
     """Return the dtype of y: x's unless given, and complex if x is."""
     dtype = x_dtype if dtype is None else jnp.dtype(dtype)
     is_complex = jnp.issubdtype(x_dtype, jnp.complexfloating)
-    if not jnp.issubdtype(dtype, jnp.complexfloating if is_complex else jnp.inexact):
+    kind = jnp.complexfloating if is_complex else jnp.inexact
+    if not (is_inexact(dtype) and jnp.issubdtype(dtype, kind)):
         raise TypeError(
-            f"dtype must be {'complex' if is_complex else 'floating'} for x of "
-            f"{x_dtype}; got {dtype}. Leave it out to get x's own dtype."
+            f"dtype must be {'complex' if is_complex else 'floating'}, of 16 bits or "
+            f"more, for x of {x_dtype}; got {dtype}. Leave it out to get x's own dtype."
         )
     return dtype
 

@@ -9,7 +9,7 @@ from collections.abc import Callable
 import jax
 from jax import Array, lax
 
-from .axes import Axes
+from .axes import Axes, every_kth
 from .column_sums import axis_to_cut
 from .weights import Weights, sum_over
 
@@ -38,7 +38,7 @@ def sum_over_runs(
         def slice_rows(array: Array) -> Array:
             if array.shape[cut] == 1:
                 return array
-            return lax.slice_in_dim(array, start, None, length, cut)
+            return every_kth(array, length, cut, start)
 
         return function(*jax.tree.map(slice_rows, arrays))
 

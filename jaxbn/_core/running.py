@@ -4,14 +4,16 @@ from __future__ import annotations  # for a signature that `help` prints as writ
 
 import jax
 import jax.numpy as jnp
-from jax import Array
+from jax import Array, lax
 from jax.typing import ArrayLike
-from jaxtyping import Bool
+from jaxtyping import Bool, Float
 
 from .dtypes import accumulation_dtype
+from .moments import Moments
 from .options import check_momentum, check_unbiased
-from .sharding import shard_like
+from .sharding import shard_like, unchecked_axes, varying_axes
 from .statistics import BatchStatistics
+from .sync import AxisName
 from .variables import BatchNormState, check_kind
 from .weights import bessel_correction
 
@@ -55,7 +57,7 @@ def update_running_stats(
 
 def _check_features(
     state: BatchNormState, batch: BatchStatistics
-) -> tuple[BatchNormState, BatchStatistics]:
+) -> tuple[BatchNormState, Moments]:
     """Return both as arrays of the same features."""
     order = "The order is update_running_stats(state, batch)"
     check_kind("state", state, BatchNormState, order)
@@ -68,11 +70,11 @@ def _check_features(
             f"{batch.mean.shape} and batch.var {batch.var.shape}. Pass "
             "batch_statistics the axis of the layer."
         )
-    batch = batch._replace(n=jnp.broadcast_to(batch.n, batch.var.shape))
+    moments = Moments(batch.mean, batch.var, jnp.broadcast_to(batch.n, batch.var.shape))
     if jnp.iscomplexobj(batch.mean):
         mean = state.mean.astype(accumulation_dtype(batch.mean.dtype, state.mean.dtype))
         state = state._replace(mean=mean)
-    return state, batch
+    return state, moments
 
 
 def to_batch_weight(momentum: ArrayLike | None) -> ArrayLike | None:
@@ -82,9 +84,10 @@ def to_batch_weight(momentum: ArrayLike | None) -> ArrayLike | None:
 
 def update(
     state: BatchNormState,
-    batch: BatchStatistics,
+    batch: Moments,
     batch_weight: ArrayLike | None,
     unbiased: bool,
+    axis_name: AxisName | None = None,
 ) -> BatchNormState:
     """Return the updated state; the weight of `None` is 1 / (count + 1).
 
@@ -92,44 +95,69 @@ def update(
     statistics, also where they are NaN.
     """
     with jax.named_scope("jaxbn.update_running_stats"):
-        batch = BatchStatistics(*(shard_like(v, state.mean) for v in batch))
-        ddof = int(unbiased)
-        batch_var = batch.var * bessel_correction(batch.n) if unbiased else batch.var
+        new_var = unbiased_variance(batch) if unbiased else batch.var
+        is_new = has_variance(batch, unbiased)
+        is_new &= _fits(batch.mean, state.mean) & _fits(new_var, state.var)
         if batch_weight is None:
             batch_weight = 1 / (state.count.astype(batch.var.dtype) + 1)
-        mean = _mix(state.mean, batch.mean, batch_weight)
-        var = _mix(state.var, batch_var, batch_weight)
-        fits = _fits(mean, batch.mean) & _fits(var, batch_var)
-        is_updated = fits & (batch.n > ddof)
+        grows = any_feature(is_new, state, axis_name)
         return BatchNormState(
-            mean=jnp.where(is_updated, mean, state.mean),
-            var=jnp.where(is_updated, var, state.var),
-            count=state.count + jnp.any(is_updated).astype(state.count.dtype),
+            mean=_mix(state.mean, batch.mean, batch_weight, is_new),
+            var=_mix(state.var, new_var, batch_weight, is_new),
+            count=state.count + grows.astype(state.count.dtype),
         )
 
 
 _update = jax.jit(update, inline=True, static_argnames="unbiased")
 
 
-def _mix(running: Array, new: Array, batch_weight: ArrayLike) -> Array:
-    """Return running + batch_weight · (new - running), in the state's dtype.
+def has_variance(batch: Moments, unbiased: bool) -> Bool[Array, "*features"]:
+    """Decide which features have a variance: n > 1 for the unbiased one, else n > 0."""
+    if unbiased and batch.dof is not None:
+        return batch.dof > 0
+    return batch.n > int(unbiased)
+
+
+def unbiased_variance(batch: Moments) -> Float[Array, "*features"]:
+    """Return n / (n - 1) · σ²."""
+    return batch.var * bessel_correction(batch.n, batch.dof)
+
+
+def _fits(new: Array, running: Array) -> Bool[Array, "*features"]:
+    """Decide which statistics of a batch the dtype of the running ones can hold."""
+    return jnp.isfinite(new) & jnp.isfinite(new.astype(running.dtype))
+
+
+def _mix(
+    running: Array,
+    new: Array,
+    batch_weight: ArrayLike,
+    is_new: Bool[Array, "*features"],
+) -> Array:
+    """Return running + batch_weight · (new - running) where `is_new`.
 
     The weights of the form momentum · running + batch_weight · new do not add up to 1
     in float32: the average of equal values would move away from them.
     """
+    new, is_new = shard_like(new, running), shard_like(is_new, running)
     old = running.astype(new.dtype)
     weight = jnp.asarray(batch_weight, new.dtype)
     mixed = jnp.where(weight == 1, new, old + weight * (new - old))
     # The state keeps its dtype, so that a scan can carry it.
-    return mixed.astype(running.dtype)
+    mixed = mixed.astype(running.dtype)
+    return jnp.where(is_new & jnp.isfinite(mixed), mixed, running)
 
 
-def _fits(mixed: Array, new: Array) -> Bool[Array, ...]:
-    """Decide whether the state's dtype holds `new` and the average with it.
+def any_feature(
+    is_new: Bool[Array, "*features"], state: BatchNormState, axis_name: AxisName | None
+) -> Bool[Array, ""]:
+    """Decide whether the batch updates any feature, of all devices that share them.
 
-    In one dtype the average is not finite where `new` is not.
+    A mesh axis divides the features if `mean` varies over it and `count` does not.
     """
-    is_finite = jnp.isfinite(mixed)
-    if mixed.dtype == new.dtype:
-        return is_finite
-    return is_finite & jnp.isfinite(new.astype(mixed.dtype))
+    names = varying_axes(is_new) & varying_axes(state.mean)
+    names -= varying_axes(state.count)
+    if axis_name is not None:
+        names |= unchecked_axes() - {axis_name, *axis_name}
+    grows = jnp.any(is_new)
+    return lax.pmax(grows, tuple(names)) if names else grows

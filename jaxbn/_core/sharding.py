@@ -20,17 +20,29 @@ def match_vma(*trees: object) -> tuple:
     arguments its local sums are right, and JAX adds them over the devices when it
     transposes the mark.
     """
-    every = frozenset().union(*map(_varying_axes, jax.tree.leaves(trees)))
+    every = frozenset().union(*map(varying_axes, jax.tree.leaves(trees)))
 
     def mark(array: Array) -> Array:
-        missing = tuple(every - _varying_axes(array))
+        missing = tuple(every - varying_axes(array))
         return lax.pcast(array, missing, to="varying") if missing else array
 
     return jax.tree.map(mark, trees)
 
 
-def _varying_axes(array: Array) -> frozenset[str]:
+def varying_axes(array: Array) -> frozenset[str]:
+    """Return the axes of `shard_map` over which it knows that an array varies."""
     return jax.typeof(array).manual_axis_type.varying
+
+
+def checked_axes() -> frozenset[str]:
+    """Return the axes that `shard_map` maps here, if it checks how arrays vary."""
+    axes = jax.sharding.get_abstract_mesh().manual_axes
+    return frozenset(a for a in axes if varying_axes(lax.axis_index(a)))
+
+
+def unchecked_axes() -> frozenset[str]:
+    """Return the axes that `shard_map` maps here without that check."""
+    return frozenset(jax.sharding.get_abstract_mesh().manual_axes) - checked_axes()
 
 
 def shard_like(array: Array, x: Array) -> Array:

@@ -14,7 +14,7 @@ from jax.custom_batching import custom_vmap
 from jax.typing import DTypeLike
 from jaxtyping import Bool
 
-from .axes import Axes
+from .axes import Axes, every_kth
 from .dtypes import abs_square, real_dtype
 
 Guess = tuple[Array, Array]  # a mean and a variance that x may have
@@ -79,7 +79,10 @@ def sample(x: Array, axes: Axes) -> Array:
             # Every k-th example, because a leading block lies on few of the devices
             # that share the batch. Along the last axis a block is read in one piece.
             is_batch = axis == axes[0] < x.ndim - 1
-            end, stride = (size, one_in) if is_batch else (length, 1)
-            x = lax.slice_in_dim(x, 0, end, stride, axis)
+            x = (
+                every_kth(x, one_in, axis)
+                if is_batch
+                else lax.slice_in_dim(x, 0, length, axis=axis)
+            )
             one_in = one_in * length // max(size, 1)
     return x

@@ -107,7 +107,7 @@ def _batch_statistics(
         groups=groups,
         closed_form=closed_form,
     )
-    return squeeze_statistics(batch, axis)
+    return BatchStatistics(*squeeze_moments(batch, axis)[:3])
 
 
 def moments_of_all(
@@ -129,9 +129,12 @@ def moments_of_all(
         return merge(local, axis_name, groups)
 
 
-def squeeze_statistics(batch: Moments, axis: Axes) -> BatchStatistics:
-    """Return the statistics of `batch` in the features' shape."""
-    n = jnp.broadcast_to(jnp.asarray(batch.n, batch.var.dtype), batch.var.shape)
-    return BatchStatistics(
-        *(squeeze_features(v, axis) for v in (batch.mean, batch.var, n))
-    )
+def squeeze_moments(batch: Moments, axis: Axes) -> Moments:
+    """Return mean, variance, n and `dof` of `batch` in the features' shape."""
+    mean, var, n, dof, *_ = batch
+
+    def of_features(v: Array) -> Array:
+        return squeeze_features(jnp.broadcast_to(v, var.shape), axis)
+
+    n = jnp.asarray(n, var.dtype)
+    return Moments(*jax.tree.map(of_features, (mean, var, n, dof)))

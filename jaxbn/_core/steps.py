@@ -15,7 +15,7 @@ from .moments import Moments
 from .normalize import normalize_by, normalize_expanded
 from .options import StaticOptions, uses_closed_form
 from .sharding import expand_like
-from .statistics import BatchStatistics, moments_of_all, squeeze_statistics
+from .statistics import moments_of_all, squeeze_moments
 from .variables import AnyParams, BatchNormState
 
 
@@ -49,10 +49,11 @@ def batch_moments(
     x: Inexact[Array, "*x"],
     mask: Array | None,
     options: StaticOptions,
-) -> tuple[Array, Array, BatchStatistics]:
+) -> tuple[Array, Array, Moments]:
     """Return mean and variance for `normalize_batch`, and the batch's statistics.
 
-    The former have x's rank, and are the running ones for features with n = 0.
+    The former have x's rank, and are the running ones for features with n ≤ 0. The
+    latter have the features' shape.
     """
     mean, var = (expand_like(v, options.axis, x) for v in (state.mean, state.var))
     batch = moments_of_all(
@@ -63,18 +64,18 @@ def batch_moments(
         closed_form=uses_closed_form(options.autodiff, x),
         guess=(mean, var),
     )
-    statistics = squeeze_statistics(batch, options.axis)
-    return *_batch_or_running(batch, mean, var), statistics
+    return *_batch_or_running(batch, mean, var), squeeze_moments(batch, options.axis)
 
 
 def _batch_or_running(batch: Moments, mean: Array, var: Array) -> tuple[Array, Array]:
-    """Return the batch statistics, or the running ones for features with n = 0."""
+    """Return the batch statistics, or the running ones for features with n ≤ 0."""
     n = batch.n
     if isinstance(n, int) and n > 0:
         return batch.mean, batch.var
+    # NaN in a mask is not hidden: n is NaN then, and not an empty batch's.
     return (
-        jnp.where(n > 0, batch.mean, mean.astype(batch.mean.dtype)),
-        jnp.where(n > 0, batch.var, var.astype(batch.var.dtype)),
+        jnp.where(n <= 0, mean.astype(batch.mean.dtype), batch.mean),
+        jnp.where(n <= 0, var.astype(batch.var.dtype), batch.var),
     )
 
 

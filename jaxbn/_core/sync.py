@@ -4,10 +4,11 @@ Second step. It is plain JAX on per-feature vectors, so that JAX itself derives 
 collective of the backward pass, and which device sums which gradient.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
@@ -15,9 +16,10 @@ from jaxtyping import Bool
 
 from .checkpoint import name_saved
 from .dtypes import abs_square
+from .mask_scale import power_of_2
 from .moments import Moments
-from .sharding import shard_like
-from .weights import divide_by_count
+from .sharding import checked_axes, shard_like
+from .weights import divide_by_count, effective_number, sums_of_weights
 
 AxisName = str | tuple[str, ...]
 Groups = tuple[tuple[int, ...], ...]
@@ -25,6 +27,8 @@ Groups = tuple[tuple[int, ...], ...]
 # One collective carries the moments of up to this many devices. Its bytes grow with the
 # devices, 12 for each feature and device: two small collectives move less beyond.
 MAX_GATHERED_DEVICES = 64
+
+_NO_EXPONENT = -10_000  # of a device without weights, below those of all floats
 
 
 def check_axis_name(axis_name: str | Sequence[str] | None) -> AxisName | None:
@@ -72,59 +76,112 @@ def check_partition(groups: Groups, size: int) -> None:
         )
 
 
+def _check_vmapped_names(axis_name: AxisName) -> None:
+    """Check that JAX can sum over the axes: its check of mesh axes knows no other."""
+    names = (axis_name,) if isinstance(axis_name, str) else axis_name
+    checked = checked_axes()
+    others = [name for name in names if checked and name not in checked]
+    if others:
+        raise ValueError(
+            "axis_name must name mesh axes inside shard_map(check_vma=True), where JAX "
+            f"has no collective for an axis of vmap; got {axis_name!r}, with "
+            f"{', '.join(map(repr, others))} of a vmap. Pass check_vma=False."
+        )
+
+
 def merge(local: Moments, axis_name: AxisName | None, groups: Groups | None) -> Moments:
     """Merge the moments of every device of the axis, each weighted by its Σ w.
 
-        μ = Σ fᵢμᵢ,   σ² = Σ fᵢ(σᵢ² + |μᵢ - μ|²),   1/n = Σ fᵢ²/nᵢ
+        μ = Σ fᵢμᵢ,   σ² = Σ fᵢ(σᵢ² + |μᵢ - μ|²)
 
-    with fᵢ the device's share of Σ w: the law of total variance, and Kish's effective
-    size for floating weights; n = Σ nᵢ for weights that count. Without an axis name,
-    `local` is returned unchanged.
+    with fᵢ the device's share of Σ w: the law of total variance. n = Σ nᵢ for weights
+    that count, and Kish's effective number of all weights for a floating mask. Without
+    an axis name, `local` is returned unchanged.
     """
     if axis_name is None:
         return local
     size = lax.axis_size(axis_name)
+    _check_vmapped_names(axis_name)
     if groups is not None:
         check_partition(groups, size)
-    gathered = size <= MAX_GATHERED_DEVICES
-    means, variances, ns, *sums = (
-        _gather_moments(_as_arrays(local), axis_name, groups)
-        if gathered
-        else (m[None] for m in _as_arrays(local))
-    )
-    weights = sums[0] if sums else ns
+    local = _as_arrays(local)
+    if size <= MAX_GATHERED_DEVICES:
+        return _merge(_gather_moments(local, axis_name, groups), _TABLE)
+    return _merge(jax.tree.map(lambda m: m[None], local), _devices(axis_name, groups))
 
-    def total(*parts: Array) -> list[Array]:
-        sums = [jnp.sum(part, 0) for part in parts]
-        if gathered:
-            return sums
-        return name_saved(lax.psum(sums, axis_name, axis_index_groups=groups))
 
-    weight, weighted = total(weights, weights.astype(means.dtype) * means)
+class _Reductions(NamedTuple):
+    """Hold the reductions of arrays with a row for each device."""
+
+    sums: Callable[..., list[Array]]
+    largest: Callable[[Array], Array]
+
+
+_TABLE = _Reductions(
+    sums=lambda *rows: [jnp.sum(row, 0) for row in rows],
+    largest=lambda rows: jnp.max(rows, 0),
+)
+
+
+def _devices(axis_name: AxisName, groups: Groups | None) -> _Reductions:
+    """Return the reductions of arrays with the row of this device alone."""
+
+    def sums(*rows: Array) -> list[Array]:
+        own = [row[0] for row in rows]
+        return name_saved(lax.psum(own, axis_name, axis_index_groups=groups))
+
+    def largest(rows: Array) -> Array:
+        return lax.pmax(rows[0], axis_name, axis_index_groups=groups)
+
+    return _Reductions(sums, largest)
+
+
+def _merge(local: Moments, over: _Reductions) -> Moments:
+    weights = _comparable_weights(local, over)
+    weight, weighted = over.sums(weights, weights.astype(local.mean.dtype) * local.mean)
     mean = divide_by_count(weighted, weight)
     shares = divide_by_count(weights, weight[None])
     # A share without elements has mean 0, whose distance, squared, may overflow.
-    distances = jnp.where(weights > 0, means - mean[None], 0)
-    variances = shares * (variances + abs_square(distances))
-    if not sums:
-        (var,) = total(variances)
+    distances = jnp.where(weights > 0, local.mean - mean[None], 0)
+    variances = shares * (local.var + abs_square(distances))
+    if local.dof is None:
+        (var,) = over.sums(variances)
         return Moments(mean, var, weight)
-    var, inverse_n = total(variances, divide_by_count(shares * shares, ns))
-    n = divide_by_count((weight > 0).astype(var.dtype), inverse_n)
-    return Moments(mean, var, n, weight)
+    squares = divide_by_count(weights * weights, local.n)
+    var, squares, pairs = over.sums(variances, squares, local.dof * squares)
+    # Pairs of elements: of one device, and of two.
+    largest = over.largest(weights)
+    is_largest = weights == largest[None]
+    _, _, pairs_between = sums_of_weights(weights, is_largest, largest, over.sums)
+    dof = divide_by_count(pairs + pairs_between, squares)
+    return Moments(mean, var, *effective_number(weight, dof))
 
 
-def _as_arrays(local: Moments) -> list[Array]:
-    """Return mean, variance, n and, where it is not n, Σ w, in one shape."""
-    mean, var, *counts = local
-    counts = [jnp.asarray(n, var.dtype) for n in counts if n is not None]
-    counts = [shard_like(jnp.broadcast_to(n, mean.shape), mean) for n in counts]
-    return [mean, var, *counts]
+def _comparable_weights(local: Moments, over: _Reductions) -> Array:
+    """Return every device's Σ w at one scale, near 1 for the largest weight."""
+    if local.total is None or local.scale is None:
+        return jnp.asarray(local.n)
+    is_empty = local.n <= 0
+    factor, exponent = local.scale
+    exponent = jnp.where(is_empty, _NO_EXPONENT, exponent.astype(jnp.int32))
+    power = power_of_2(exponent - over.largest(exponent)[None], local.total.dtype)
+    return jnp.where(is_empty, 0, local.total * factor * power)
+
+
+def _as_arrays(local: Moments) -> Moments:
+    """Return all moments as arrays of one shape."""
+    mean, var, n, *others = local
+
+    def broadcast(v: Array) -> Array:
+        return shard_like(jnp.broadcast_to(v, mean.shape), mean)
+
+    n = broadcast(jnp.asarray(n, var.dtype))
+    return Moments(mean, var, n, *jax.tree.map(broadcast, others))
 
 
 def _gather_moments(
-    moments: list[Array], axis_name: AxisName, groups: Groups | None
-) -> list[Array]:
+    local: Moments, axis_name: AxisName, groups: Groups | None
+) -> Moments:
     """Gather every device's moments along a new leading axis, alike on all devices.
 
     Rows of other groups are 0.
@@ -133,17 +190,20 @@ def _gather_moments(
     do, but its result counts as varying over the axis where shard_map checks that, and
     the new running statistics could not be returned as replicated.
     """
-    dtype = jnp.result_type(*moments)
+    moments, structure = jax.tree.flatten(local)
+    dtype = local.mean.dtype
     own = jnp.stack([m.astype(dtype) for m in moments])
-    devices = jnp.arange(lax.axis_size(axis_name)).reshape(-1, *(1,) * own.ndim)
-    table = jnp.where(devices == lax.axis_index(axis_name), own[None], 0)
+    devices = np.arange(lax.axis_size(axis_name), dtype=np.int32)
+    is_own = lax.axis_index(axis_name) == devices.reshape(-1, *(1,) * own.ndim)
+    table = jnp.where(is_own, own[None], 0)
     table = name_saved(lax.psum(table, axis_name))
     if groups is not None:  # not by groups, which JAX sums only in some mappings
         table = jnp.where(_same_group(axis_name, groups, table.ndim), table, 0)
-    return [
+    rows = [
         table[:, i] if jnp.iscomplexobj(m) else jnp.real(table[:, i])
         for i, m in enumerate(moments)
     ]
+    return structure.unflatten(rows)
 
 
 def _same_group(axis_name: AxisName, groups: Groups, ndim: int) -> Bool[Array, "..."]:

@@ -14,14 +14,14 @@ from jax import Array, lax
 
 from .arguments import Arguments
 from .axes import divisors, reduction_axes, split_axis
+from .moments import Moments
 from .options import StaticOptions
-from .running import update
+from .running import has_variance, unbiased_variance, update
 from .sharding import explicit_shards
-from .statistics import BatchStatistics
 from .steps import batch_moments, in_accumulation_dtype, normalize_batch
 from .sync import MAX_GATHERED_DEVICES, AxisName, Groups
 from .variables import BatchNormParams, BatchNormState
-from .weights import bessel_correction, divide_by_count
+from .weights import divide_by_count
 
 
 def check_virtual_batch_size(size: int | None) -> int | None:
@@ -83,7 +83,7 @@ def _train(
     x_acc = in_accumulation_dtype(x, state, options)
     mean, var, batch = batch_moments(running, x_acc, x, mask, options)
     average = _average(batch, options.unbiased, all_devices)
-    state = update(state, average, batch_weight, unbiased=False)
+    state = update(state, average, batch_weight, False, all_devices)
     y = normalize_batch(params, mean, var, x_acc, x, epsilon, options)
     return y.reshape(shape), state
 
@@ -158,18 +158,16 @@ def _repeat(vector: Array | None, times: Any) -> Array | None:
     return jnp.broadcast_to(vector, (times, *vector.shape))
 
 
-def _average(
-    batch: BatchStatistics, unbiased: bool, axis_name: AxisName | None
-) -> BatchStatistics:
+def _average(batch: Moments, unbiased: bool, axis_name: AxisName | None) -> Moments:
     """Return the mean of the statistics of all groups with n > ddof.
 
     The variances are the unbiased ones if `unbiased`; n is the number of the groups.
     """
-    counts = batch.n > int(unbiased)
-    var = batch.var * bessel_correction(batch.n) if unbiased else batch.var
+    counts = has_variance(batch, unbiased)
+    var = unbiased_variance(batch) if unbiased else batch.var
     terms = (batch.mean, var, jnp.ones_like(var))
     sums = [jnp.sum(jnp.where(counts, v, 0), 0) for v in terms]
     if axis_name is not None:
         sums = lax.psum(sums, axis_name)
     mean, var, n = sums
-    return BatchStatistics(divide_by_count(mean, n), divide_by_count(var, n), n)
+    return Moments(divide_by_count(mean, n), divide_by_count(var, n), n)

@@ -1,7 +1,7 @@
 """Masks as weights of the elements, and the number of elements of each feature."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 import jax.numpy as jnp
@@ -11,6 +11,7 @@ from jaxtyping import Bool, Float, Inexact, Real
 
 from .axes import Axes
 from .dtypes import real_dtype
+from .mask_scale import Scale, divide_by_scale, split_scale
 
 # A number of elements: a Python int unless x is masked, so that dividing by it, or
 # comparing with it, costs no operation.
@@ -18,20 +19,17 @@ Count = Array | int
 
 
 class Weights(NamedTuple):
-    """Hold the mask as it was passed, and w = mask / scale over the reduction axes.
+    """Hold the mask as it was passed, and sums over the reduction axes of weights w.
 
-    `scale` is `None` for a mask that counts: then w is the mask, and n = `total` = Σ w.
+    For a mask that counts, w is the mask, and n = `total` = Σ w. For a floating mask w
+    is mask / `scale`, and `dof` is n - 1, which an n near 1 would round.
     """
 
     mask: Real[Array, "*#x"] | Bool[Array, "*#x"]
-    scale: Float[Array, "*#stats"] | None
     total: Float[Array, "*#stats"]
     n: Float[Array, "*#stats"]
-
-    @property
-    def sum_of_mask(self) -> Float[Array, "*#stats"] | None:
-        """Return Σ mask where that is not n."""
-        return None if self.scale is None else self.total * self.scale
+    dof: Float[Array, "*#stats"] | None = None
+    scale: Scale | None = None
 
 
 def check_mask(mask: ArrayLike | None, shape: tuple) -> Array | None:
@@ -69,22 +67,52 @@ def make_weights(
 
     A bool or integer mask counts elements: n = Σ w. The weights of a floating mask have
     no scale, and their effective number is n = (Σ w)² / Σ w² (L. Kish, "Survey
-    Sampling", 1965): the number of elements for equal weights, 1 for a single one. They
-    are scaled to a maximum of 1, so that no sum overflows that would not without them.
+    Sampling", 1965): the number of elements for equal weights, 1 for a single one. It
+    is 0 where Σ w is not positive, or infinite, and NaN where Σ w is NaN.
     """
     if mask is None:
         return None
-    copies = _product(x.shape[a] for a in axes if mask.shape[a] == 1)
-    w = mask.astype(real_dtype(dtype))
+    copies = _as_factor(_product(x.shape[a] for a in axes if mask.shape[a] == 1), dtype)
     if not jnp.issubdtype(mask.dtype, jnp.floating):
-        n = copies * sum_over(w, axes)
-        return Weights(mask, None, n, n)
-    scale = jnp.max(jnp.abs(w), axes, keepdims=True, initial=0)
-    scale = jnp.where(scale > 0, scale, 1)
-    w = w / scale
-    total, squares = copies * sum_over(w, axes), copies * sum_over(w * w, axes)
-    # Not total · (total / squares): for a single weight both squares round alike.
-    return Weights(mask, scale, total, divide_by_count(total * total, squares))
+        n = copies * sum_over(mask.astype(real_dtype(dtype)), axes)
+        return Weights(mask, n, n)
+    w, is_largest, scale = split_scale(mask, axes)
+    total, squares, pairs = sums_of_weights(
+        *(w.astype(real_dtype(dtype)), is_largest, jnp.ones((), real_dtype(dtype))),
+        sums=lambda *terms: [sum_over(term, axes) for term in terms],
+    )
+    # Each weight counts `copies` times: as many pairs of copies of its own.
+    dof = copies * divide_by_count(pairs, squares) + (copies - 1)
+    return Weights(mask, copies * total, *effective_number(total, dof), scale)
+
+
+def sums_of_weights(
+    w: Float[Array, "..."],
+    is_largest: Bool[Array, "..."],
+    largest: Float[Array, "..."],
+    sums: Callable[..., list[Array]],
+) -> tuple[Array, Array, Array]:
+    """Return Σ w, Σ w² and Σ wᵢwⱼ over all i ≠ j: n - 1 is the third by the second.
+
+    As (Σ w)² - Σ w², the third would cancel where one weight dominates. Without the k
+    largest weights, which are equal, the sums of the others do not.
+    """
+    others = jnp.where(is_largest, 0, w)
+    k, rest, rest_squares = sums(is_largest.astype(w.dtype), others, others * others)
+    total = k * largest + rest
+    squares = k * largest * largest + rest_squares
+    pairs_of_largest = (k - 1) * k * largest * largest + 2 * k * largest * rest
+    return total, squares, pairs_of_largest + (rest * rest - rest_squares)
+
+
+def effective_number(total: Array, dof: Array) -> tuple[Array, Array]:
+    """Return n and n - 1, and 0 and -1 where the sum of weights is not positive."""
+    is_counted = (total > 0) & (total < jnp.inf)
+    nothing = jnp.where(jnp.isnan(total), total, 0)
+    return (
+        jnp.where(is_counted, 1 + dof, nothing),
+        jnp.where(is_counted, dof, nothing - 1),
+    )
 
 
 def num_elements(x: Array, axes: Axes) -> Count:
@@ -98,9 +126,19 @@ def total_weight(x: Array, weights: Weights | None, axes: Axes) -> Count:
 
 
 def _product(lengths: Iterable[int]) -> Count:
-    """Multiply lengths: an int, unless `jax.export` has symbols for lengths."""
-    product = math.prod(lengths)
-    return product if isinstance(product, int) else jnp.asarray(product, jnp.float32)
+    """Multiply lengths: an int, unless `jax.export` has symbols for lengths.
+
+    Products of symbols are taken in floating point, where they do not overflow.
+    """
+    lengths = [*lengths]
+    known = math.prod(k for k in lengths if isinstance(k, int))
+    symbols = [jnp.asarray(k, jnp.float32) for k in lengths if not isinstance(k, int)]
+    return math.prod(symbols, start=jnp.float32(known)) if symbols else known
+
+
+def _as_factor(n: Count, dtype: DTypeLike) -> Array | float:
+    """Return a count as a factor of sums in `dtype`, however large it is."""
+    return float(n) if isinstance(n, int) else n.astype(real_dtype(dtype))
 
 
 def sum_over(x: Array, axes: Axes) -> Array:
@@ -112,8 +150,9 @@ def apply_weights(x: Inexact[Array, "*x"], weights: Weights | None) -> Array:
     """Return w·x, and 0 where w is 0."""
     if weights is None:
         return x
-    w = weights.mask.astype(real_dtype(x.dtype))
-    w = w if weights.scale is None else w / weights.scale
+    mask, scale = weights.mask, weights.scale
+    w = mask if scale is None else divide_by_scale(mask, scale)
+    w = w.astype(real_dtype(x.dtype))
     # Selected, not only multiplied: padding may hold inf or NaN, and 0 · inf is NaN.
     return w.astype(x.dtype) * jnp.where(w != 0, x, 0)
 
@@ -121,12 +160,12 @@ def apply_weights(x: Inexact[Array, "*x"], weights: Weights | None) -> Array:
 def divide_by_count(total: Array, n: Count) -> Array:
     """Return `total` / n, and `total`, which then is 0, where n is not positive."""
     if isinstance(n, int):
-        return total / max(n, 1)
+        return total / float(max(n, 1))
     return total / jnp.where(n > 0, n, 1).astype(total.dtype)
 
 
-def bessel_correction(n: Count) -> Array | float:
-    """Return n / (n - 1), and 0 or n where n - 1 is not positive."""
+def bessel_correction(n: Count, dof: Array | None) -> Array | float:
+    """Return n / (n - 1), and n where n - 1 is not positive; `dof` as in `Weights`."""
     if isinstance(n, int):
         return n / max(n - 1, 1)
-    return divide_by_count(n, n - 1)
+    return divide_by_count(n, n - 1 if dof is None else dof)
