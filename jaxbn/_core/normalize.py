@@ -167,11 +167,11 @@ def _formula(
 
 
 def inverse_std(var: Float[Array, ...], epsilon: ArrayLike) -> Float[Array, ...]:
-    """Return (σ² + ε)^(-1/2), and 0 where both are 0, so that y is the bias there."""
+    """Return (σ² + ε)^(-1/2): 0 where the sum is 0, for y = bias there; NaN below."""
     variance = var + epsilon
     # Not rsqrt: its derivative has (σ² + ε)^(-3/2), which underflows for σ of 1e15.
-    inv_std = 1 / jnp.sqrt(jnp.where(variance > 0, variance, 1))
-    return jnp.where(variance > 0, inv_std, 0)
+    inv_std = 1 / jnp.sqrt(jnp.where(variance == 0, 1, variance))
+    return jnp.where(variance == 0, 0, inv_std)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(7, 8))

@@ -13,7 +13,6 @@ from jaxtyping import Inexact
 
 from .arguments import Arguments, check_arguments, explain_transformations
 from .axes import squeeze_features
-from .normalize import inverse_std
 from .options import Autodiff, StaticOptions, check_limit
 from .running import update
 from .steps import batch_moments, in_accumulation_dtype, infer, normalize_batch
@@ -125,7 +124,9 @@ def _correction(
     mean, var, state = lax.stop_gradient((mean, var, state))
     epsilon = jnp.asarray(epsilon, var.dtype)
     r_max, d_max = (jnp.asarray(limit, var.dtype) for limit in (r_max, d_max))
-    inv_std = inverse_std(state.var.astype(var.dtype), epsilon)
+    # A deviation of 0 counts as one below that of any variance: r and d have limits.
+    least = jnp.finfo(var.dtype).max ** -0.5
+    inv_std = 1 / jnp.maximum(jnp.sqrt(state.var.astype(var.dtype) + epsilon), least)
     r = _clip(jnp.sqrt(var + epsilon) * inv_std, 1 / r_max, r_max)
     d = (mean - state.mean.astype(mean.dtype)) * inv_std.astype(mean.dtype)
     return r, _clip_modulus(d, d_max)

@@ -9,7 +9,7 @@ from jax.typing import ArrayLike
 
 from .._core.axes import Axes
 from .._core.variables import AnyParams, BatchNormParams, BatchNormState
-from .._inference.affine import check_not_negative
+from .._inference.affine import check_variance
 from .._inference.folding import fold as fold_layer
 from .marks import Mark
 from .pairs import Fold
@@ -71,8 +71,8 @@ def _norm_variables(
         for name, value in norm.items()
     }
     mean, var = stacked["mean"], stacked["var"]
-    # Within vmap the values are not known.
-    check_not_negative(var)
+    # Not the moved array: under jit or vmap its values are not known.
+    check_variance(norm["var"], fold.epsilon)
     count = jnp.zeros(mean.shape[: len(fold.stacks[Mark("mean", fold.norm)])])
     params = BatchNormParams(stacked.get("scale"), stacked.get("bias"))
     return params, BatchNormState(mean, var, count)

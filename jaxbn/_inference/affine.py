@@ -2,10 +2,11 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 from jax.core import Tracer
 from jax.typing import ArrayLike
-from jaxtyping import Float, Inexact
+from jaxtyping import Inexact
 
 from .._core.dtypes import accumulation_dtype, real_dtype
 from .._core.normalize import inverse_std
@@ -32,8 +33,8 @@ def inference_affine(
 
     **Returns** `(scale, offset)` in the features' shape, in float32 or wider.
 
-    **Raises** `ValueError` if the shapes differ, or if a variance is negative or NaN,
-    which is visible outside of `jit` alone; `TypeError` for dtypes.
+    **Raises** `ValueError` if the shapes differ, or if var + ε is negative or NaN:
+    where `jit` traces `state.var`, the result is NaN; `TypeError` for dtypes.
 
     `batch_norm` subtracts the mean first. This form rounds more if the mean is large:
     by about 1e-7·|μ|/σ of y's deviation.
@@ -47,8 +48,8 @@ def inference_affine(
     >>> jaxbn.inference_affine(params, state, epsilon=0.0)
     (Array([1.5], dtype=float32), Array([-14.], dtype=float32))
     """
-    statistics = check_statistics(params, state)
-    return _inference_affine(*statistics, check_epsilon(epsilon))
+    epsilon = check_epsilon(epsilon)
+    return _inference_affine(*check_statistics(params, state, epsilon), epsilon)
 
 
 @jax.jit
@@ -76,9 +77,9 @@ def centred_affine(
 
 
 def check_statistics(
-    params: AnyParams, state: BatchNormState
+    params: AnyParams, state: BatchNormState, epsilon: ArrayLike
 ) -> tuple[Array, Array, Array, Array]:
-    """Return scale, bias, mean and var as arrays of one shape, var not negative."""
+    """Return scale, bias, mean and var as arrays of one shape, var + ε not negative."""
     mean, var = jnp.asarray(state.mean), jnp.asarray(state.var)
     scale = jnp.ones_like(mean) if params.scale is None else jnp.asarray(params.scale)
     bias = jnp.zeros_like(mean) if params.bias is None else jnp.asarray(params.bias)
@@ -91,7 +92,7 @@ def check_statistics(
                 f"{name} {value.shape} and state.mean {mean.shape}. "
                 "Take both from the same layer."
             )
-    check_not_negative(var)
+    check_variance(state.var, epsilon)  # before `jit` makes a tracer of a NumPy array
     return scale, bias, mean, var
 
 
@@ -104,16 +105,24 @@ def check_inexact(name: str, value: Array) -> None:
         )
 
 
-def check_not_negative(var: Float[Array, "*features"]) -> None:
-    """Check the running variance, if its values are known."""
-    if not isinstance(var, Tracer) and not _all_not_negative(var):
+def check_variance(var: ArrayLike, epsilon: ArrayLike) -> None:
+    """Check that var + ε is not negative or NaN, if its values are known."""
+    if not (_is_known(var) and _is_known(epsilon)):
+        return
+    wide = np.asarray(var)  # in NumPy: `jit` would trace operations on known values too
+    wide = wide.astype(accumulation_dtype(wide.dtype))
+    least = np.min(wide + np.asarray(epsilon, wide.dtype), initial=np.inf)
+    if not least >= 0:
         raise ValueError(
-            "a running variance must not be negative or NaN; got values from "
-            f"{var.min()} to {var.max()} in state.var. The checkpoint may be damaged, "
-            "or mean and var exchanged."
+            "with epsilon added, a running variance must not be negative or NaN; got "
+            f"{least} at the least in state.var + {epsilon}. The checkpoint may be "
+            "damaged, or mean and var exchanged."
         )
 
 
-@jax.jit
-def _all_not_negative(var: Float[Array, "*features"]) -> Array:
-    return (var >= 0).all()
+def _is_known(value: ArrayLike) -> bool:
+    """Return whether this process can read the values."""
+    if isinstance(value, Tracer):
+        return False
+    replicated = getattr(value, "is_fully_replicated", True)
+    return replicated or getattr(value, "is_fully_addressable", True)

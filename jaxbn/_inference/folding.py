@@ -91,7 +91,8 @@ def fold(
     if inputs is not None:
         inputs = check_axis(inputs, kernel.ndim, of="the kernel")
     _check_layer(kernel, bias, outputs, inputs, jnp.shape(state.mean))
-    vectors = *check_statistics(params, state), check_epsilon(epsilon)
+    epsilon = check_epsilon(epsilon)
+    vectors = *check_statistics(params, state, epsilon), epsilon
     if inputs is None:
         return _fold(kernel, bias, *vectors, outputs)
     return _fold_before(kernel, bias, *vectors, outputs, inputs)

@@ -78,7 +78,8 @@ of the old ones. An error changes nothing:
 - `ValueError`: a name that is not in the source or not in the target, a batch norm that
   the map leaves out, a layer that it gives twice, a batch norm mapped to another kind
   of layer or the reverse, shapes that disagree in Flax's layout, a kernel, scale or
-  bias on one side only, a running variance that is negative or NaN;
+  bias on one side only, a running variance that is NaN, or negative although epsilon
+  is added: the library's default in the table above, in equinox the layer's own;
 - `TypeError`: values that are not floating.
 
 >>> import jax, numpy as np, jaxbn

@@ -166,7 +166,7 @@ def _debiased_layers(model: PyTree, state: PyTree) -> dict[str, Vectors]:
 
 
 def _debiased(layer: PyTree, state: PyTree, name: str) -> Vectors:
-    vectors = _vectors(layer, state)
+    vectors = _vectors(layer, state) | {"epsilon": layer.eps}
     if layer.mode == "ema":
         _check_not_new(state.get(layer.ema_first_time_index), name)
         return vectors

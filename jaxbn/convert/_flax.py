@@ -1,5 +1,6 @@
 """Read and replace the layers in Flax's trees: linen variables and `nnx.State`."""
 
+import sys
 from collections.abc import Collection, Mapping
 
 from jaxtyping import PyTree
@@ -17,15 +18,22 @@ from ._layers import (
     read_weights,
 )
 
-FLAX = KeyMap(
+NNX = KeyMap(
     {name: name for name in ("scale", "bias", "mean", "var", "count")},
     {
         "kernel": {"kernel": "kernel", "bias": "bias"},
         "embedding": {"embedding": "embedding"},
         "scale": {"scale": "scale", "bias": "bias"},
     },
-    collections=("params", "batch_stats"),
 )
+LINEN = NNX._replace(collections=("params", "batch_stats"))
+
+
+def _keymap(variables: PyTree) -> KeyMap:
+    """Return the names in this tree: in nnx a module may be called `params`."""
+    nnx = sys.modules.get("flax.nnx")  # slow to import; without it there is no State
+    is_state = nnx is not None and isinstance(variables, nnx.State)
+    return NNX if is_state else LINEN
 
 
 def layers_of(variables: PyTree) -> dict[str, Layer]:
@@ -46,7 +54,7 @@ def layers_of(variables: PyTree) -> dict[str, Layer]:
                     var=Array([1., 1.], dtype=float32),
                     count=Array(0., dtype=float32)))
     """
-    norms = read_norms(find_layers(variables, FLAX).norms)
+    norms = read_norms(_find_layers(variables).norms, NNX)
     return {path: as_layer(arrays) for path, arrays in norms.items()}
 
 
@@ -65,21 +73,21 @@ def replace_layers(variables: PyTree, layers: Mapping[str, Layer]) -> PyTree:
     **Raises** `ValueError` for a path that is not in `variables`, for two paths of one
     layer, and for a layer that does not fit.
     """
-    targets = find_layers(variables, FLAX).norms
+    targets = _find_layers(variables).norms
     paths = {path: find_name(path, targets) for path in layers}
     _check_once("layers", paths)
     _check_known(paths.values(), targets)
     new = {paths[path]: as_arrays(*layer) for path, layer in layers.items()}
     for path, arrays in new.items():
         check_fit(path, arrays, targets[path])
-    return replace_arrays(variables, FLAX, new)
+    return replace_arrays(variables, _keymap(variables), new)
 
 
 def write_to_flax(
     source: Found, keymap: KeyMap, names: Mapping[str, str], variables: PyTree
 ) -> PyTree:
     """Return `variables` with a library's layers, by the map of names."""
-    norms, target = read_norms(source.norms), find_layers(variables, FLAX)
+    norms, target = read_norms(source.norms, keymap), _find_layers(variables)
     targets, new = target.norms | target.others, {}
     for name, path in _match(names, source, target).items():
         if name in norms:
@@ -88,15 +96,15 @@ def write_to_flax(
             weights = source.others[name]
             new[path] = read_weights(weights, targets[path], keymap, name)
         check_fit(path, new[path], targets[path])
-    return replace_arrays(variables, FLAX, new)
+    return replace_arrays(variables, _keymap(variables), new)
 
 
 def read_from_flax(
     variables: PyTree, names: Mapping[str, str], target: Found, keymap: KeyMap
 ) -> dict[str, Arrays]:
     """Return the arrays for a library's layers, by the same map."""
-    source = find_layers(variables, FLAX)
-    norms, new = read_norms(source.norms), {}
+    source = _find_layers(variables)
+    norms, new = read_norms(source.norms, keymap), {}
     for name, path in _match(names, target, source).items():
         if path in norms:
             new[name], old = norms[path], target.norms[name]
@@ -106,6 +114,10 @@ def read_from_flax(
             old = read_weights(shapes, flax, keymap, name)
         check_fit(name, new[name], old)
     return new
+
+
+def _find_layers(variables: PyTree) -> Found:
+    return find_layers(variables, _keymap(variables))
 
 
 def _match(names: Mapping[str, str], library: Found, flax: Found) -> dict[str, str]:

@@ -24,6 +24,7 @@ KERAS = KeyMap(
         "scale": {"gamma": "scale", "beta": "bias"},
     },
     layout=MULTIPLIER_APART,
+    epsilon=1e-3,
 )
 
 

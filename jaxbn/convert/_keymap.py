@@ -38,6 +38,7 @@ class KeyMap(NamedTuple):
     separator: str = "/"  # between the layer's name and the array's
     collections: tuple[str, ...] = ()  # first keys that are not in the layer's name
     layout: Layout = FEATURES_LAST
+    epsilon: float = 1e-5  # the default of a batch norm: no checkpoint holds its own
 
     def weight_keys(self) -> set[str]:
         """Return the library's names of the arrays of other layers."""

@@ -32,13 +32,17 @@ def read_layer(found: Mapping[str, Vectors], keymap: KeyMap) -> Layer:
             "running statistics (track_running_stats=False) has no state to convert: "
             "start from jaxbn.init, and always pass train=True."
         )
-    (arrays,) = read_norms(found).values()
+    (arrays,) = read_norms(found, keymap).values()
     return as_layer(arrays)
 
 
-def read_norms(found: Mapping[str, Vectors]) -> dict[str, Arrays]:
+def read_norms(found: Mapping[str, Vectors], keymap: KeyMap) -> dict[str, Arrays]:
     """Check batch norm layers and copy them to NumPy."""
-    return {name: _read_norm(vectors, name) for name, vectors in found.items()}
+    norms = {name: _read_norm(vectors, name) for name, vectors in found.items()}
+    for name, arrays in norms.items():
+        epsilon = found[name].get("epsilon", keymap.epsilon)
+        _check_var(arrays["var"], epsilon, name)
+    return norms
 
 
 def read_weights(weights: Weights, flax: Vectors, keymap: KeyMap, name: str) -> Arrays:
@@ -120,7 +124,6 @@ def _check_arrays(vectors: Vectors, name: str) -> Arrays:
         if field in vectors
     }
     _check_one_shape(arrays, name)
-    _check_var(arrays["var"], name)
     arrays["count"] = np.asarray(vectors.get("count", 0))
     return arrays
 
@@ -164,13 +167,15 @@ def _check_one_shape(arrays: Arrays, name: str) -> None:
         )
 
 
-def _check_var(var: np.ndarray, name: str) -> None:
-    """Check that a running variance is not negative or NaN."""
-    bad = np.argwhere(~(var >= 0))  # NaN is not >= 0
+def _check_var(var: np.ndarray, epsilon: float, name: str) -> None:
+    """Check that a running variance with epsilon added is not negative or NaN."""
+    bad = np.argwhere(~(var + epsilon >= 0))  # NaN is not >= 0
     if bad.size:
         first = tuple(bad[0].tolist())
         raise ValueError(
             f"var of {describe(name)} must not be negative or NaN; got {var[first]} at "
-            f"{first}, and {len(bad)} such of {var.size}. The checkpoint is broken, or "
-            "this is not a variance: use another, or recompute the statistics."
+            f"{first}, and {len(bad)} such of {var.size}, with an epsilon of {epsilon} "
+            "added. The checkpoint is broken, or this is not a variance: use another, "
+            "or recompute the statistics. With a larger epsilon add it to the variance "
+            "beforehand, and pass epsilon=0."
         )

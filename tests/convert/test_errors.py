@@ -2,7 +2,9 @@
 
 from typing import Any
 
+import equinox as eqx
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from convert_helpers import (
@@ -204,6 +206,54 @@ def test_from_haiku_rejects_several_feature_axes():
     match = r"scale of layer 'norm_0' .* shape \(1, 2, 3\)"
     with pytest.raises(ValueError, match=match):
         library.read()
+
+
+@pytest.mark.filterwarnings("ignore:__array__ impl:DeprecationWarning")  # of Keras
+@pytest.mark.parametrize("name", LIBRARIES)
+def test_a_variance_is_negative_if_it_is_with_epsilon(name, rng):
+    """Inference computes with Caffe's variance minus ε too."""
+    library = LIBRARIES[name]()
+    params, state = random_layer(rng)
+
+    def read(share):
+        var = state.var.at[1].set(share * library.epsilon)
+        library.write(params, state._replace(var=var))
+        return library.read()[1].var, var
+
+    read_var, var = read(-0.99)
+    assert_near(read_var, var, 1e-6)
+    for share, match in ((-1.01, "got -"), (np.nan, "got nan")):
+        with pytest.raises(ValueError, match=f"negative or NaN; {match}"):
+            read(share)
+
+
+def test_equinox_layers_have_their_own_epsilon(rng):
+    params, state = random_layer(rng)
+    state = state._replace(var=jnp.full(C, -9e-4))
+
+    def convert_there_and_back(epsilon):
+        make = eqx.nn.make_with_state(eqx.nn.BatchNorm)
+        new = make(C, "rows", epsilon, mode="batch")
+        return convert.from_equinox(*convert.to_equinox(params, state, *new))
+
+    match = "negative or NaN; got -0.0008.* an epsilon of 1e-05 added.* epsilon=0"
+    with pytest.raises(ValueError, match=match):
+        convert_there_and_back(1e-5)
+    assert_near(convert_there_and_back(1e-3)[1].var, state.var)
+
+
+def test_variables_of_a_library_have_its_epsilon(rng):
+    """What `from_keras_tree` takes, `to_keras_tree` takes; `layers_of` knows Flax's."""
+    keras, flax = -9e-4 * ONES, -9e-6 * ONES
+    weights = {"a/moving_mean": ONES, "a/moving_variance": keras}
+    tree = {"batch_stats": {"bn": {"mean": ONES, "var": ONES}}}
+    new = convert.from_keras_tree(weights, {"a": "bn"}, tree)
+    back = convert.to_keras_tree(new, {"a": "bn"}, weights)
+    assert_near(back["a/moving_variance"], keras, 0)
+    with pytest.raises(ValueError, match="var of layer 'bn' must not be negative"):
+        convert.layers_of(new)
+    tree["batch_stats"]["bn"]["var"] = flax
+    assert_near(convert.layers_of(tree)["bn"][1].var, flax, 0)
 
 
 def test_error_lists_at_most_eight_names(rng):

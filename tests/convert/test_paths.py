@@ -9,6 +9,7 @@ from convert_helpers import NAMES, ONES, STATE_DICT, NnxNet, random_layer
 from flax import nnx
 from helpers import assert_near
 
+import jaxbn
 from jaxbn import convert
 
 
@@ -78,3 +79,37 @@ def test_from_torch_tree_rejects_two_paths_of_one_layer():
 def test_error_prints_unknown_path_with_slashes(rng):
     with pytest.raises(ValueError, match="got 'blocks/7', and there are 'BatchNorm_0'"):
         convert.replace_layers(nnx.state(NnxNet()), {"blocks.7": random_layer(rng)})
+
+
+class NamedLikeCollections(nnx.Module):
+    def __init__(self):
+        rngs = nnx.Rngs(0)
+        self.params = jaxbn.nnx.BatchNorm(3, rngs=rngs)
+        self.batch_stats = nnx.Dict(params=jaxbn.nnx.BatchNorm(3, rngs=rngs))
+        self.head = nnx.Dict(params=nnx.Linear(3, 2, rngs=rngs))
+
+
+@pytest.mark.parametrize("kind", ["nnx", "linen"])
+def test_modules_may_be_called_like_collections(kind, rng):
+    """Only the first key of linen variables is a collection."""
+    names = {"a": "params", "b": "batch_stats/params"}
+    variables = nested(["params"], ["batch_stats", "params"])
+    if kind == "nnx":
+        variables = nnx.state(NamedLikeCollections())
+    layers = {path: random_layer(rng, count=0) for path in names.values()}
+    new = convert.replace_layers(variables, layers)
+    assert_near(convert.layers_of(new), layers, 0)
+    new = convert.from_torch_tree(STATE_DICT, names, variables)
+    for i, path in enumerate(names.values()):
+        assert_near(convert.layers_of(new)[path][1].mean, (i + 1) * ONES, 0)
+    zeros = {key: 0 * array for key, array in STATE_DICT.items()}
+    back = convert.to_torch_tree(new, names, zeros)
+    jax.tree.map(np.testing.assert_array_equal, back, STATE_DICT)
+
+
+def test_other_layers_may_be_called_like_collections(rng):
+    names = {"a": "params", "b": "batch_stats/params", "fc": "head/params"}
+    dense = {"fc.weight": rng.normal(size=(2, 3)), "fc.bias": rng.normal(size=2)}
+    state = nnx.state(NamedLikeCollections())
+    new: Any = convert.from_torch_tree(STATE_DICT | dense, names, state)
+    assert_near(new["head"]["params"]["kernel"][...], dense["fc.weight"].T)

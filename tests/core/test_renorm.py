@@ -1,5 +1,6 @@
 """Test batch renormalization against NumPy and Keras."""
 
+from functools import partial
 from typing import Any
 
 import chex
@@ -193,3 +194,41 @@ def test_errors(options, error, message):
     options = {"train": True} | options
     with pytest.raises(error, match=message):
         jaxbn.batch_renorm(params, state, jnp.ones((4, C)), **options)
+
+
+as_float = partial(np.array, dtype=np.float32)
+as_complex = partial(np.array, dtype=np.complex64)
+
+
+def step_from(mean, var, x, **options):
+    """Return y of a step without scale and bias, from this state."""
+    state = jaxbn.BatchNormState(jnp.asarray(mean), jnp.asarray(var), jnp.float32(3))
+    params = jaxbn.BatchNormParams(None, None)
+    return jaxbn.batch_renorm(params, state, jnp.asarray(x), True, **options)[0]
+
+
+def test_running_variance_of_0_is_beyond_the_limits(rng):
+    """With ε = 0 the limits of σ_B/σ and (μ_B-μ)/σ are infinite, and 0 of 0."""
+    x = as_float([[1, 1, 1, 5], [3, 3, 3, 5]]) + np.float32(1e-3)
+    mean, batch_mean = as_float([9, -9, 0, 0]), x.mean(0)
+    mean[2] = batch_mean[2]
+    y = step_from(mean, np.zeros(4, np.float32), x, r_max=1.5, d_max=0.25, epsilon=0.0)
+    x_hat = as_float([[-1, -1, -1, 0], [1, 1, 1, 0]])
+    assert_near(y, 1.5 * x_hat + as_float([-0.25, 0.25, 0, 0.25]))
+
+
+def test_complex_variance_of_0_keeps_the_direction_of_d(rng):
+    x = as_complex([[1 + 2j, 2], [3 + 2j, 4]])
+    state = as_complex([2 - 1j, 3]), np.zeros(2, np.float32)  # μ_B - μ = (3j, 0)
+    y = step_from(*state, x, r_max=1.5, d_max=0.25, epsilon=0.0)
+    assert_near(y, as_complex([[-1.5 + 0.25j, -1.5], [1.5 + 0.25j, 1.5]]))
+
+
+@pytest.mark.parametrize("autodiff", ["custom_vjp", "jax"])
+def test_running_variances_that_are_none_show(autodiff, rng):
+    x = rng.normal(size=(6, 4)).astype(np.float32)
+    var = as_float([np.nan, -1, np.inf, 1])
+    y = step_from(np.zeros(4, np.float32), var, x, r_max=1.5, autodiff=autodiff)
+    np.testing.assert_array_equal(np.isnan(y).all(0), [True, True, False, False])
+    x_hat = (x - x.mean(0)) / np.sqrt(x.var(0) + 1e-5)
+    assert_near(y[:, 2], x_hat[:, 2] / 1.5)
