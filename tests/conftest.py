@@ -24,6 +24,11 @@ def pytest_addoption(parser):
     parser.addoption(
         "--form", help="run every sum in the form of this platform, for instance tpu"
     )
+    parser.addoption(
+        "--every-row",
+        action="store_true",
+        help="divide each number of rows from 1 to 64 in test_sharded_sums.py",
+    )
 
 
 @pytest.fixture(scope="session", autouse=True)

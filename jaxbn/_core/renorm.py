@@ -15,6 +15,7 @@ from .arguments import Arguments, check_arguments, explain_transformations
 from .axes import squeeze_features
 from .options import Autodiff, StaticOptions, check_limit
 from .running import update
+from .sharding import shard_like
 from .steps import batch_moments, in_accumulation_dtype, infer, normalize_batch
 from .variables import AnyParams, BatchNormParams, BatchNormState
 
@@ -121,14 +122,15 @@ def _correction(
     d_max: ArrayLike,
 ) -> tuple[Array, Array]:
     """Return r and d, without gradient."""
-    mean, var, state = lax.stop_gradient((mean, var, state))
+    mean, var, *running = lax.stop_gradient((mean, var, state.mean, state.var))
+    running_mean, running_var = (shard_like(v, mean) for v in running)
     epsilon = jnp.asarray(epsilon, var.dtype)
     r_max, d_max = (jnp.asarray(limit, var.dtype) for limit in (r_max, d_max))
     # A deviation of 0 counts as one below that of any variance: r and d have limits.
     least = jnp.finfo(var.dtype).max ** -0.5
-    inv_std = 1 / jnp.maximum(jnp.sqrt(state.var.astype(var.dtype) + epsilon), least)
+    inv_std = 1 / jnp.maximum(jnp.sqrt(running_var.astype(var.dtype) + epsilon), least)
     r = _clip(jnp.sqrt(var + epsilon) * inv_std, 1 / r_max, r_max)
-    d = (mean - state.mean.astype(mean.dtype)) * inv_std.astype(mean.dtype)
+    d = (mean - running_mean.astype(mean.dtype)) * inv_std.astype(mean.dtype)
     return r, _clip_modulus(d, d_max)
 
 
@@ -147,7 +149,9 @@ def _clip_modulus(d: Inexact[Array, ...], limit: Array) -> Inexact[Array, ...]:
 
 def _corrected(params: AnyParams, r: Array, d: Array) -> AnyParams:
     """Return scale · r and bias + scale · d, so that y needs no further step."""
-    scale, bias = (None if v is None else v.astype(d.dtype) for v in params)
+    scale, bias = (
+        None if v is None else shard_like(v, d).astype(d.dtype) for v in params
+    )
     if scale is None:
         return BatchNormParams(r, d if bias is None else bias + d)
     return BatchNormParams(

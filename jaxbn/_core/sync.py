@@ -161,7 +161,7 @@ def _comparable_weights(local: Moments, over: _Reductions) -> Array:
     """Return every device's Σ w at one scale, near 1 for the largest weight."""
     if local.total is None or local.scale is None:
         return jnp.asarray(local.n)
-    is_empty = local.n <= 0
+    is_empty = local.total <= 0
     factor, exponent = local.scale
     exponent = jnp.where(is_empty, _NO_EXPONENT, exponent.astype(jnp.int32))
     power = power_of_2(exponent - over.largest(exponent)[None], local.total.dtype)

@@ -201,6 +201,22 @@ def test_variance_is_accurate_for_any_running_statistics(loc, rng):
 
 
 @pytest.mark.usefixtures("tpu_form")
+@pytest.mark.parametrize("function", [jaxbn.batch_norm, jaxbn.batch_renorm])
+def test_steps_hand_the_running_statistics_on_as_the_guess(function, rng, monkeypatch):
+    """About a warm guess the sums do not cancel, and the sample's are not taken."""
+
+    def fail(x, *_):
+        return (jnp.full((1, 3), jnp.nan),) * 3
+
+    monkeypatch.setattr(reductions, "_sums_shifted_by_sample", fail)
+    x = jnp.asarray(rng.normal(size=(200, 3)) + 100, jnp.float32)
+    params, _ = jaxbn.init(3)
+    for guess, is_near in (("warm", True), ("cold", False)):
+        y, _ = function(params, state_guessing(guess, 100.0, 3), x, True)
+        assert bool(np.isfinite(y).all()) == is_near
+
+
+@pytest.mark.usefixtures("tpu_form")
 def test_second_derivative_does_not_depend_on_running_statistics(rng):
     """A select between two sums must not multiply the infinite ones by 0."""
     params, _ = jaxbn.init(2)

@@ -557,3 +557,102 @@ def test_sharded_jit_does_not_gather_x(shape, all_reduces):
     assert sorted(sizes) == all_reduces
     assert {kind for kind, _ in others} <= {"collective-permute"}
     assert sum(floats for _, floats in others) <= max(math.prod(shape) / 64, 16)
+
+
+def by_vmap_sync(x, mask, **options):
+    """Return y and the state of the whole batch, computed in DEVICES parts."""
+    split = [a.reshape(DEVICES, -1, *a.shape[1:]) for a in (x, mask)]
+
+    @partial(jax.vmap, axis_name="data", out_axes=(0, None))
+    def step(x, mask):
+        options_of_all = {"mask": mask, "axis_name": "data", "momentum": 0.0}
+        return jaxbn.batch_norm(*jaxbn.init(C), x, True, **options_of_all, **options)
+
+    y, new = jax.jit(step)(*split)
+    return y.reshape(x.shape), new
+
+
+# Every weight of one example but one, of one device but one, or of both ends.
+WEIGHTS = {
+    "dominant": [1, *[1e-6] * (DEVICES * SHARD - 1)],
+    "dominant device": np.repeat([1, 1e-7, 1e-7, 2e-7], SHARD),
+    "denormal": np.linspace(1e-40, 9e-39, DEVICES * SHARD),
+    "large": np.linspace(1e37, 3e38, DEVICES * SHARD),
+    "both ends": np.repeat([1e-40, 1e-38, 1e37, 3e38], SHARD),
+}
+
+
+@pytest.mark.parametrize("weights", WEIGHTS.values(), ids=WEIGHTS)
+@pytest.mark.parametrize("limit", [64, 3])
+def test_weights_of_any_scale_on_many_devices(weights, limit, rng, monkeypatch):
+    monkeypatch.setattr(sync, "MAX_GATHERED_DEVICES", limit)
+    jax.clear_caches()
+    x = rng.normal(3, 2, size=(DEVICES * SHARD, C)).astype(np.float32)
+    mask = np.asarray(weights, np.float32)[:, None]
+    _, new = by_vmap_sync(x, mask)
+    jax.clear_caches()
+    # Multiples of the smallest denormal number, whose squares stay in range.
+    w, x = mask.astype(np.float64) / 2.0**-149, x.astype(np.float64)
+    mean = (w * x).sum(0) / w.sum(0)
+    var = (w * (x - mean) ** 2).sum(0) / w.sum(0)
+    pairs = sum((w * np.roll(w, k, 0)).sum(0) for k in range(1, len(w)))
+    dof = pairs / (w**2).sum(0)
+    np.testing.assert_allclose(new.mean, mean, rtol=2e-6)
+    np.testing.assert_allclose(new.var, var * (1 + dof) / dof, rtol=2e-5)
+
+
+@pytest.mark.parametrize("bad", [np.nan, -1.0, np.inf])
+@pytest.mark.parametrize("limit", [64, 3])
+def test_devices_with_weights_that_have_no_positive_sum(bad, limit, rng, monkeypatch):
+    """A negative sum is left out like an empty one, an infinite one leaves out all."""
+    monkeypatch.setattr(sync, "MAX_GATHERED_DEVICES", limit)
+    jax.clear_caches()
+    x = rng.normal(3, 2, size=(DEVICES * SHARD, C)).astype(np.float32)
+    mask = np.ones((DEVICES * SHARD, 1), np.float32)
+    mask[:SHARD] = bad
+    y, new = by_vmap_sync(x, mask)
+    jax.clear_caches()
+    if bad != -1:
+        expected = x / np.sqrt(1 + 1e-5) if np.isinf(bad) else np.full_like(x, np.nan)
+        np.testing.assert_allclose(y, expected, rtol=1e-6)
+        np.testing.assert_array_equal(new.mean, np.zeros(C))
+        np.testing.assert_array_equal(new.var, np.ones(C))
+        assert new.count == 0
+    else:
+        kept = x[SHARD:].astype(np.float64)
+        np.testing.assert_allclose(new.mean, kept.mean(0), rtol=1e-6)
+        np.testing.assert_allclose(new.var, kept.var(0, ddof=1), rtol=1e-5)
+        assert np.isfinite(y).all()
+
+
+def test_x64_and_strict_promotion_take_an_axis_name(rng, x64):
+    x = rng.normal(3, 2, size=SHAPE).astype(np.float32)
+    y, new = by_vmap_sync(x, np.ones((SHAPE[0], 1, 1), bool))
+    expected = jaxbn.batch_norm(*jaxbn.init(C), x, True, momentum=0.0)
+    assert_near((y, new), expected, 1e-6)
+
+
+@pytest.mark.parametrize("names", [("b", "data"), ("data", "b"), ("b",)], ids=str)
+def test_vmap_inside_shard_map_needs_check_vma_false(names, rng):
+    """JAX has no collective over an axis of vmap where it checks mesh axes."""
+    x = jnp.asarray(rng.normal(3, 2, size=(DEVICES, SHARD, C)), jnp.float32)
+    params, state = jaxbn.init(C)
+
+    def step(check_vma):
+        def example(x):
+            return jaxbn.batch_norm(params, state, x, True, axis_name=names)
+
+        return jax.shard_map(
+            jax.vmap(example, axis_name="b", out_axes=(0, None)),
+            mesh=mesh(sizes=(2,)),
+            in_specs=P("data"),
+            out_specs=(P("data"), P("data") if names == ("b",) else P()),
+            check_vma=check_vma,
+        )
+
+    if len(names) == 2:
+        expected = jaxbn.batch_norm(params, state, x, True)
+        assert_near(step(False)(x), expected, 1e-5)
+    message = r"must name mesh axes inside shard_map.*'b' of a vmap.*check_vma=False"
+    with pytest.raises(ValueError, match=message):
+        step(True)(x)
