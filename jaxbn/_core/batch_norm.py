@@ -71,13 +71,16 @@ def batch_norm(
       counts: 2 counts an element twice, and n = Σ mask. A floating mask holds weights
       whose scale does not matter: n is their effective number, (Σ w)² / Σ w². y is
       computed at every position. No gradient flows to the mask. Masked elements may be
-      inf or NaN, but not if gradients are taken.
+      inf or NaN, but not if gradients are taken. A feature is left out, as if it had no
+      element, if the sum of its weights is not positive or is infinite; NaN in the mask
+      shows in y.
     - `axis_name`: the mapped axis or axes (`shard_map`, `pmap`, `vmap`) over which the
       statistics are those of the whole batch, weighted by n. It is ignored with
-      `train=False`, and `jit` with sharded arrays needs none.
+      `train=False`, and `jit` with sharded arrays needs none. An axis of a `vmap`
+      inside `shard_map` needs `check_vma=False`.
     - `axis_index_groups`: lists of axis indices that share statistics, as in
-      `jax.lax.psum`; the groups partition the axis. JAX refuses groups of an axis of
-      more than 64 devices under `vmap` and `shard_map(check_vma=True)`.
+      `jax.lax.psum`; the groups partition the axis. Above 64 devices jaxbn uses a
+      grouped `psum`, which JAX supports only in `pmap` and unchecked `shard_map`.
     - `dtype`: the dtype of y; that of `x` if `None`.
     - `autodiff`: `"custom_vjp"` differentiates by the closed form and saves only `x`
       and per-feature vectors. Use `"jax"`, the same formula in plain JAX, for the
@@ -87,9 +90,9 @@ def batch_norm(
       examples, along the first reduced axis, is normalized by its own statistics, and
       the running statistics are updated with the mean over the groups of mean and
       variance. The size is that of the whole batch's groups: with `axis_name` a group
-      is a part of one device's share, or the shares of consecutive devices. JAX
-      refuses the shares of several devices, unless of all, where it refuses
-      `axis_index_groups`. The size is ignored with `train=False`.
+      is a part of one device's share, or the shares of consecutive devices. A group
+      over several devices, but not all, has the limits of `axis_index_groups`. The size
+      is ignored with `train=False`.
 
     **Returns** `(y, new_state)`. Statistics are accumulated in float32 or wider, and
     the state keeps its dtypes; only a real mean becomes complex, by the first complex
@@ -97,7 +100,8 @@ def batch_norm(
     with n = 0 uses the running statistics. A batch updates a feature's running
     statistics if n > ddof, with ddof = 1 for `unbiased=True` and 0 for
     `unbiased=False`, and if the state's dtype can hold its moments. `count` grows by 1
-    if any feature was updated.
+    if any feature was updated; features that a mesh axis of `shard_map` divides count
+    together.
 
     **Raises** `ValueError` for shapes and options, `TypeError` for dtypes and kinds,
     while tracing.

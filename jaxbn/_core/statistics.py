@@ -41,6 +41,7 @@ class BatchStatistics(NamedTuple):
 
     `var` is biased: Σ w|x-μ|² / Σ w. `n` is the number of elements of each feature: the
     sum of a bool or integer mask, the effective number (Σ w)² / Σ w² of a floating one.
+    In float32, n of one dominant weight rounds to 1 if the others are below 6e-8 of it.
     """
 
     mean: Inexact[Array, "*features"]

@@ -10,6 +10,7 @@ from jax.core import Tracer
 from jax.typing import ArrayLike
 
 from .._core.dtypes import abs_square, accumulation_dtype, real_dtype
+from .._core.mask_scale import split_scale
 from .._core.variables import BatchNormState, check_kind
 
 
@@ -28,7 +29,8 @@ def merge_states(
     - `states`: of layers with the same features, from clients, from replicas that were
       not synchronized, or from parts of a data set.
     - `weights`: one for each state, for instance its number of examples; their scale
-      does not matter. A state of weight 0 is left out. Equal weights if `None`.
+      does not matter. A state of weight 0 is left out. Equal weights if `None`. Of
+      traced weights, negative ones count as 0, and equal ones are taken if all are 0.
 
     **Returns** a state in the dtypes of the states, promoted where they differ. The
     sums are taken in float32 at least. Its `count` is the sum.
@@ -44,13 +46,13 @@ def merge_states(
     (Array([1.], dtype=float32), Array([4.], dtype=float32))
     """
     means, variances, counts = map(_stack, zip(*_check_states(states), strict=True))
-    mean_wide, var_wide = _widen(means, variances)
-    shares = _check_weights(weights, len(counts), var_wide.dtype)
+    mean_wide, var_wide = _accumulated(means, variances)
+    shares = _shares(weights, len(counts), var_wide.dtype)
     shares = shares.reshape(-1, *(1,) * (means.ndim - 1))
 
     def average(values: Array) -> Array:
         terms = shares.astype(values.dtype) * values
-        return jnp.sum(jnp.where(shares > 0, terms, 0), 0)
+        return jnp.sum(jnp.where(shares == 0, 0, terms), 0)  # NaN stays NaN
 
     mean = average(mean_wide)
     var = average(var_wide + abs_square(mean_wide - mean[None]))
@@ -64,7 +66,7 @@ def _stack(arrays: Sequence[Array]) -> Array:
         return jnp.stack(arrays)
 
 
-def _widen(means: Array, variances: Array) -> tuple[Array, Array]:
+def _accumulated(means: Array, variances: Array) -> tuple[Array, Array]:
     """Return means and variances in the dtype of sums, which squares do not outgrow."""
     dtype = accumulation_dtype(means.dtype, variances.dtype)
     return means.astype(dtype), variances.astype(real_dtype(dtype))
@@ -91,23 +93,39 @@ def _check_states(states: Iterable[BatchNormState]) -> list[BatchNormState]:
     return states
 
 
-def _check_weights(
+def _shares(
     weights: ArrayLike | Sequence[ArrayLike] | None, number: int, dtype: np.dtype
 ) -> Array:
     """Return the share of each state, with a sum of 1."""
-    weights = jnp.asarray(np.ones(number) if weights is None else weights, dtype)
-    if weights.shape != (number,):
-        raise ValueError(
-            f"weights must hold one number for each of {number} states; "
-            f"got shape {weights.shape}. For instance each state's number of examples."
-        )
-    largest = jnp.max(weights)
-    if not isinstance(weights, Tracer) and not (
-        jnp.min(weights) >= 0 and 0 < largest < jnp.inf
-    ):
+    weights = np.ones(number) if weights is None else weights
+    if any(isinstance(weight, Tracer) for weight in jax.tree.leaves(weights)):
+        weights = jnp.asarray(weights)
+        _check_number(weights.shape, number)
+        return _traced_shares(weights, dtype)
+    known = np.asarray(weights, np.float64)
+    _check_number(known.shape, number)
+    if not (known.min() >= 0 and 0 < known.max() < np.inf):
         raise ValueError(
             "weights must be finite, not negative, and not all 0; got "
-            f"{weights.tolist()}. They are the states' shares, of any scale."
+            f"{known.tolist()}. They are the states' shares, of any scale."
         )
-    weights = weights / largest
-    return weights / jnp.sum(weights)
+    known = known / known.max()
+    return jnp.asarray(known / known.sum(), dtype)
+
+
+def _check_number(shape: tuple[int, ...], number: int) -> None:
+    """Check that there is one weight for each state."""
+    if shape != (number,):
+        raise ValueError(
+            f"weights must hold one number for each of {number} states; "
+            f"got shape {shape}. For instance each state's number of examples."
+        )
+
+
+def _traced_shares(weights: Array, dtype: np.dtype) -> Array:
+    """Return the shares of weights that are not known; equal ones if all are 0."""
+    floating = jnp.issubdtype(weights.dtype, jnp.floating)
+    w, _, _ = split_scale(weights if floating else weights.astype(dtype), (0,))
+    w = jnp.where(w < 0, 0, w)
+    w = jnp.where(jnp.any(w != 0), w, 1)
+    return (w / jnp.sum(w)).astype(dtype)

@@ -122,6 +122,39 @@ def test_weights_may_be_traced(rng):
     assert_near(tuple(merged[:2]), (union.mean(0), union.var(0)))
 
 
+TRACED = [(scale, True) for scale in (1e-43, 1e-39, 1e37)]  # what float32 holds
+KNOWN = [(scale, False) for scale in (1e-300, 1e-43, 1e38, 1e300)]
+
+
+@pytest.mark.parametrize(("scale", "traced"), TRACED + KNOWN)
+def test_weights_have_no_scale(scale, traced, rng):
+    parts = [rng.normal(m, 2, size=(n, C)) for n, m in ((10, 1), (30, 5))]
+    union = np.concatenate(parts)
+    merge = jax.jit(jaxbn.merge_states) if traced else jaxbn.merge_states
+    weights = np.array([0.25, 0.75]) * scale * 4
+    weights = weights.astype(np.float32) if traced else weights
+    exact = weights / np.float64(weights.max())
+    merged = merge(states_of(parts), weights)
+    mean = sum(w * part.mean(0) for w, part in zip(exact, parts, strict=True))
+    mean = mean / exact.sum()
+    assert_near(merged.mean, mean)
+    if scale != 1e-43:  # which rounds the weights to few bits
+        assert_near(tuple(merged[:2]), (union.mean(0), union.var(0)))
+
+
+@pytest.mark.parametrize(
+    ("weights", "share"),
+    [([0, 0], 0.5), ([-1.0, 3.0], 1.0), ([0.0, 2.0], 1.0), ([np.nan, 1.0], np.nan)],
+    ids=str,
+)
+def test_traced_weights_that_are_refused_where_they_are_known(weights, share, rng):
+    parts = [rng.normal(m, 2, size=(20, C)) for m in (1, 5)]
+    merged = jax.jit(jaxbn.merge_states)(states_of(parts), jnp.asarray(weights))
+    means = [part.mean(0) for part in parts]
+    expected = (1 - share) * means[0] + share * means[1]
+    np.testing.assert_allclose(merged.mean, expected, rtol=1e-5)
+
+
 @pytest.mark.usefixtures("unchecked_types")
 @pytest.mark.parametrize(
     ("states", "weights", "error", "message"),
