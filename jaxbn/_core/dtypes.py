@@ -12,9 +12,13 @@ def as_array(x: ArrayLike) -> Array:
     return x if isinstance(x, Array) else jnp.asarray(x)
 
 
-def is_inexact(dtype: DTypeLike) -> bool:
-    """Decide whether a dtype is floating or complex, with at least 16 bits."""
-    return jnp.issubdtype(dtype, jnp.inexact) and jnp.finfo(dtype).bits >= 16
+def check_width(name: str, dtype: DTypeLike) -> None:
+    """Check that a floating dtype has at least 16 bits: JAX promotes no others."""
+    if jnp.finfo(dtype).bits < 16:
+        raise TypeError(
+            f"{name} must have 16 bits or more; got {jnp.dtype(dtype)}. Cast it first, "
+            "to jnp.bfloat16 for instance."
+        )
 
 
 def accumulation_dtype(*dtypes: DTypeLike) -> np.dtype:

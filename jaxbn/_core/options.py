@@ -12,7 +12,7 @@ from jax.typing import ArrayLike, DTypeLike
 
 from .axes import Axes
 from .checkpoint import name_saved
-from .dtypes import as_array, is_inexact
+from .dtypes import as_array, check_width
 from .sync import AxisName, Groups
 
 Autodiff = Literal["custom_vjp", "jax"]
@@ -33,12 +33,12 @@ class StaticOptions(NamedTuple):
 def check_input(x: ArrayLike) -> Array:
     """Return `x` as a floating or complex array with at least one axis."""
     x = as_array(x)
-    if not is_inexact(x.dtype):
+    if not jnp.issubdtype(x.dtype, jnp.inexact):
         raise TypeError(
-            "x must be floating or complex, of 16 bits or more; got "
-            f"{x.dtype} of shape {x.shape}. "
+            f"x must be floating or complex; got {x.dtype} of shape {x.shape}. "
             "Cast it first, for instance x.astype(jnp.float32)."
         )
+    check_width("x", x.dtype)
     if x.ndim == 0:
         raise ValueError(
             f"x must have at least one axis, the features; got shape (), {x.dtype}. "
@@ -129,12 +129,12 @@ def check_output_dtype(dtype: DTypeLike | None, x_dtype: np.dtype) -> np.dtype:
     """Return the dtype of y: x's unless given, and complex if x is."""
     dtype = x_dtype if dtype is None else jnp.dtype(dtype)
     is_complex = jnp.issubdtype(x_dtype, jnp.complexfloating)
-    kind = jnp.complexfloating if is_complex else jnp.inexact
-    if not (is_inexact(dtype) and jnp.issubdtype(dtype, kind)):
+    if not jnp.issubdtype(dtype, jnp.complexfloating if is_complex else jnp.inexact):
         raise TypeError(
-            f"dtype must be {'complex' if is_complex else 'floating'}, of 16 bits or "
-            f"more, for x of {x_dtype}; got {dtype}. Leave it out to get x's own dtype."
+            f"dtype must be {'complex' if is_complex else 'floating'} for x of "
+            f"{x_dtype}; got {dtype}. Leave it out to get x's own dtype."
         )
+    check_width("dtype", dtype)
     return dtype
 
 

@@ -11,7 +11,7 @@ from jax.typing import ArrayLike, DTypeLike
 from jaxtyping import Float, Inexact, Real
 
 from .axes import Axes
-from .dtypes import accumulation_dtype, is_inexact, real_dtype
+from .dtypes import accumulation_dtype, check_width, real_dtype
 
 if TYPE_CHECKING:
     from typing_extensions import TypeVar
@@ -142,12 +142,12 @@ def check_num_features(num_features: int | Sequence[int]) -> tuple[int, ...]:
 def _check_param_dtype(param_dtype: DTypeLike) -> np.dtype:
     """Return `param_dtype` as a floating or complex dtype."""
     dtype = jnp.dtype(param_dtype)
-    if not is_inexact(dtype):
+    if not jnp.issubdtype(dtype, jnp.inexact):
         raise TypeError(
-            "param_dtype must be floating or complex, of 16 bits or more; got "
-            f"{dtype}. "
+            f"param_dtype must be a floating or complex dtype; got {dtype}. "
             "Scale and bias are learned by gradient: pass e.g. jnp.float32."
         )
+    check_width("param_dtype", dtype)
     return dtype
 
 
@@ -209,12 +209,12 @@ def check_features(name: str, value: ArrayLike, x: Array, axes: Axes) -> Array:
             "pass axis= where the features are elsewhere."
         )
     kind = jnp.inexact if jnp.iscomplexobj(x) else jnp.floating
-    if not (is_inexact(value.dtype) and jnp.issubdtype(value.dtype, kind)):
+    if not jnp.issubdtype(value.dtype, kind):
         raise TypeError(
-            f"{name} must be floating, of 16 bits or more, or complex where x is; got "
-            f"{value.dtype} for x of {x.dtype}. "
-            "Cast it first, for instance with .astype(jnp.float32)."
+            f"{name} must be floating, or complex where x is; got {value.dtype} for x "
+            f"of {x.dtype}. Cast it first, for instance with .astype(jnp.float32)."
         )
+    check_width(name, value.dtype)
     return value
 
 

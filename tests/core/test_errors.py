@@ -64,6 +64,19 @@ TYPE_ERRORS = {
     "momentum": ({"momentum": "high"}, r"momentum must be a Python number.*got 'high'"),
     "epsilon": ({"epsilon": None}, r"epsilon must be a Python number.*got None"),
     "int x": ({"x": jnp.ones((2, 3), jnp.int32)}, r"floating or complex; got int32"),
+    "float8 x": (
+        {"x": jnp.ones((2, 3), jnp.float8_e4m3fn)},
+        r"x must have 16 bits or more; got float8_e4m3fn. Cast",
+    ),
+    "float8 mean": (
+        {"state": jaxbn.init(3)[1]._replace(mean=jnp.zeros(3, jnp.float8_e5m2))},
+        r"state.mean must have 16 bits or more; got float8_e5m2",
+    ),
+    "float4 dtype": (
+        {"dtype": jnp.float4_e2m1fn},
+        r"dtype must have 16 bits or more; got float4_e2m1fn",
+    ),
+    "unbiased": ({"unbiased": "no"}, r"unbiased must be a Python bool.*got 'no'"),
     "bool x": ({"x": np.ones((2, 3), bool)}, r"got bool .*x.astype\(jnp.float32\)"),
     "int scale": (variables(scale=jnp.ones(3, int)), r"params.scale must be floating"),
     "complex bias": (
@@ -159,6 +172,10 @@ def test_init_rejects_non_integer_feature_counts():
 def test_init_rejects_integer_param_dtype():
     with pytest.raises(TypeError, match=r"param_dtype must be .* got int32"):
         jaxbn.init(3, param_dtype=jnp.int32)
+    with pytest.raises(
+        TypeError, match=r"param_dtype must have 16 bits.*float8_e4m3fn"
+    ):
+        jaxbn.init(3, param_dtype=jnp.float8_e4m3fn)
 
 
 @pytest.mark.parametrize(
