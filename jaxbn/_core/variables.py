@@ -219,8 +219,9 @@ def check_features(name: str, value: ArrayLike, x: Array, axes: Axes) -> Array:
 
 
 def _suggest_axis(features: tuple[int, ...], x: Array) -> str:
-    """Name the axis of x that has the features, if there is one."""
-    axes = [axis for axis, size in enumerate(x.shape) if (size,) == features]
+    """Name the axis of x that has the features, if there is one behind the batch."""
+    sizes = enumerate(x.shape[1:], start=1)
+    axes = [axis for axis, size in sizes if (size,) == features]
     if not axes:
         return ""
     return f"x has {features[0]} along axis {axes[0]}: pass axis={axes[0]}. "

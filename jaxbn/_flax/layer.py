@@ -5,11 +5,12 @@ The layers keep their variables and metadata as Flax does, and call here.
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, TypeGuard, runtime_checkable
 
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
+from jax.core import Tracer
 from jax.typing import ArrayLike, DTypeLike
 
 from .._core.axes import Axes, check_axis
@@ -96,8 +97,33 @@ def index_groups(layer: Layer, axis_name: AxisNames | None) -> Groups | None:
 
 
 def ascending_axes(axis: int | Sequence[int], ndim: int) -> Axes:
-    """Return the feature axes in the order of the axes of Flax's variables."""
-    return tuple(sorted(check_axis(axis, ndim)))
+    """Return the feature axes, each once, in the order of Flax's variables."""
+    given = axis if isinstance(axis, Sequence) else [axis]
+    if not given:
+        raise ValueError(
+            f"axis must name a feature axis, unlike in Flax; got axis={axis}. For one "
+            "mean of all of x give x a feature axis of length 1, x[..., None], and "
+            "leave axis at -1."
+        )
+    return tuple(sorted({a for one in given for a in check_axis(one, ndim)}))
+
+
+def check_flag(name: str, value: object) -> bool:
+    """Return an option of a layer, or of its call, as a Python bool."""
+    if isinstance(value, bool):
+        return value
+    if _is_known_array(value) and value.dtype == bool and value.shape == ():
+        return bool(value)  # as in Flax
+    raise TypeError(
+        f"{name} must be a Python bool, known while tracing; got {value!r}. Linen's "
+        "layers have no num_features: they read it off x. Under jit mark the "
+        "argument static: jax.jit(f, static_argnames='train')."
+    )
+
+
+def _is_known_array(value: object) -> TypeGuard[Array]:
+    is_array = isinstance(value, Array | np.ndarray | np.bool_)
+    return is_array and not isinstance(value, Tracer)
 
 
 def as_inexact(x: ArrayLike) -> Array:

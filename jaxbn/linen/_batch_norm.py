@@ -1,6 +1,7 @@
 """The layer for Flax linen, and its computation, which serves Flax's own layers too."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import field
 from functools import partial
 from typing import Literal
@@ -8,6 +9,7 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from flax.errors import ModifyScopeVariableError
 from flax.linen.dtypes import canonicalize_dtype
 from flax.typing import Initializer
 from jax.typing import ArrayLike
@@ -20,8 +22,17 @@ from .._flax.layer import (
     as_inexact,
     ascending_axes,
     call_batch_norm,
+    check_flag,
     counts_batches,
     make_state,
+)
+
+FLAGS = (
+    "use_bias",
+    "use_scale",
+    "use_fast_variance",
+    "force_float32_reductions",
+    "unbiased",
 )
 
 
@@ -39,10 +50,11 @@ class BatchNorm(nn.BatchNorm):
 
     **Fields that differ from Flax's**
 
-    - `momentum`: may be `None`: the running statistics are then the average of all
-      batches with equal weight, and `batch_stats` holds a `count` of them beside
-      `mean` and `var`. Variables without one count as no batch: the first replaces
-      them. `momentum` and `epsilon` may be traced scalars, as in Flax.
+    - `momentum`: as in Flax the share of the old statistics that is kept, in [0, 1]:
+      PyTorch's 0.1 is 0.9 here. May be `None`: the running statistics are then the
+      average of all batches with equal weight, and `batch_stats` holds a `count` of
+      them beside `mean` and `var`. Variables without one count as no batch: the first
+      replaces them. `momentum` and `epsilon` may be traced scalars, as in Flax.
     - `unbiased`: `True` updates the running variance with n/(n-1)·σ², as in the paper
       and PyTorch; the default, `False`, with σ², as in Flax. Keyword only.
     - `autodiff`: `"jax"` is for forward mode (`jax.jvp`, `jax.jacfwd`), which the
@@ -66,7 +78,9 @@ class BatchNorm(nn.BatchNorm):
 
     Differences from Flax: the variance does not cancel for large means, masked
     statistics are weighted by count over devices, an empty batch (or shard) leaves the
-    running statistics unchanged, and these keep their dtype under x64.
+    running statistics unchanged, and these keep their dtype under x64. Errors here, but
+    not in Flax: `axis=()`, a momentum outside of [0, 1], a negative epsilon, and other
+    values than bools for `use_running_average` and the fields that are flags.
 
     Source: Ioffe & Szegedy, [arXiv:1502.03167](https://arxiv.org/abs/1502.03167),
     Algorithms 1 and 2.
@@ -90,6 +104,14 @@ class BatchNorm(nn.BatchNorm):
     unbiased: bool = field(default=False, kw_only=True)
     autodiff: Literal["custom_vjp", "jax"] = field(default="custom_vjp", kw_only=True)
     virtual_batch_size: int | None = field(default=None, kw_only=True)
+
+    def __post_init__(self) -> None:
+        """Check the fields that are flags: a wrong one would count as True."""
+        for name in FLAGS:
+            check_flag(name, getattr(self, name))
+        if self.use_running_average is not None:
+            check_flag("use_running_average", self.use_running_average)
+        super().__post_init__()
 
     @nn.compact
     def __call__(
@@ -133,17 +155,32 @@ def apply_layer(
     inference = nn.merge_param(
         "use_running_average", layer.use_running_average, use_running_average
     )
-    return _apply_layer(
-        layer,
-        x,
-        train=not inference,
-        mask=mask,
-        axis_name=None if layer.is_initializing() else layer.axis_name,
-        unbiased=unbiased,
-        autodiff=autodiff,
-        update_statistics=update_statistics,
-        function=function,
-    )
+    with explain_immutable():
+        return _apply_layer(
+            layer,
+            x,
+            train=not check_flag("use_running_average", inference),
+            mask=mask,
+            axis_name=None if layer.is_initializing() else layer.axis_name,
+            unbiased=unbiased,
+            autodiff=autodiff,
+            update_statistics=check_flag("update_statistics", update_statistics),
+            function=function,
+        )
+
+
+@contextmanager
+def explain_immutable() -> Iterator[None]:
+    """Say which arguments help where Flax refuses to update the statistics."""
+    try:
+        yield
+    except ModifyScopeVariableError as error:
+        error.add_note(
+            'jaxbn: in training pass mutable=["batch_stats"] to apply, which then '
+            "returns the new statistics beside y; at evaluation pass "
+            "use_running_average=True to the layer."
+        )
+        raise
 
 
 def _apply_layer(

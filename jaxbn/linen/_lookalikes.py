@@ -10,7 +10,7 @@ from jaxtyping import PyTree
 from .._core.options import Autodiff
 from .._flax.lookalikes import check_variables, read_call
 from .._flax.population import ACCUMULATOR
-from ._batch_norm import BatchNorm
+from ._batch_norm import BatchNorm, explain_immutable
 
 _FIELDS = {field.name for field in fields(nn.BatchNorm)} - {"parent", "name"}
 
@@ -39,7 +39,8 @@ def apply_lookalike(
         mask=mask,
         mutable=["batch_stats"],
     )
-    for name, value in updates["batch_stats"].items():
-        if value is not stats.get(name):
-            layer.put_variable("batch_stats", name, value)
+    with explain_immutable():
+        for name, value in updates["batch_stats"].items():
+            if value is not stats.get(name):
+                layer.put_variable("batch_stats", name, value)
     return y

@@ -1,9 +1,17 @@
 """Flax's layers, computed by jaxbn, in models whose code stays as it is."""
 
+import threading
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import ExitStack, _GeneratorContextManager, contextmanager
+from contextlib import (
+    AbstractContextManager,
+    ContextDecorator,
+    ExitStack,
+    contextmanager,
+)
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import partial
+from types import TracebackType
 from typing import Literal
 
 import jax
@@ -12,6 +20,7 @@ from jax import Array
 from jaxtyping import PyTree
 
 from .._core.options import Autodiff, check_autodiff
+from .._flax.layer import check_flag
 from .._flax.lookalikes import check_also, warn_not_replaced
 from .._flax.paths import Path, join
 from ._batch_norm import BatchNorm, apply_layer
@@ -26,13 +35,14 @@ def replace_batch_norm(
     autodiff: Literal["custom_vjp", "jax"] = "custom_vjp",
     unbiased: bool = False,
     also: Iterable[type] = (),
-) -> _GeneratorContextManager[list[str]]:
+) -> "Replaced":
     """Compute every `flax.linen.BatchNorm` with jaxbn, in unchanged models.
 
-    A context manager, and a decorator. It acts on all code that is traced in this
-    thread while it is entered; compiled functions are traced anew inside it, and again
-    outside. Layers that inherit `__call__` from Flax's, or call it, are included, and
-    so are layers of `flax.nnx.BatchNorm` in a `flax.nnx.bridge.ToLinen`.
+    A context manager, which may be entered again, and a decorator. It acts on all code
+    that is traced in this thread while it is entered; compiled functions are traced
+    anew inside it, and again outside. Of nested contexts the innermost one decides.
+    Layers that inherit `__call__` from Flax's, or call it, are included, and so are
+    layers of `flax.nnx.BatchNorm` in a `flax.nnx.bridge.ToLinen`.
     Parameters, statistics and gradients keep their places; the other differences are
     listed at `BatchNorm`.
 
@@ -70,13 +80,52 @@ def replace_batch_norm(
     ...     print(std(variables, x), paths)
     1.0 ['']
     """
-    return _replace(_Replacement(check_autodiff(autodiff), unbiased, check_also(also)))
+    unbiased = check_flag("unbiased", unbiased)
+    return Replaced(Replacement(check_autodiff(autodiff), unbiased, check_also(also)))
+
+
+@dataclass(frozen=True)
+class Replacement:
+    """The options of a replacement."""
+
+    autodiff: Autodiff
+    unbiased: bool
+    also: tuple[type, ...]
+
+
+class Replaced(ContextDecorator, AbstractContextManager[list[str]]):
+    """Replace the layers while it is entered: again, within itself, in any thread."""
+
+    def __init__(self, options: Replacement):
+        self._options, self._entered = options, _Entered()
+
+    def __enter__(self) -> list[str]:
+        context = _replace(self._options)
+        paths = context.__enter__()
+        self._entered.contexts.append(context)
+        return paths
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> bool | None:
+        return self._entered.contexts.pop().__exit__(kind, error, traceback)
+
+
+class _Entered(threading.local):
+    """The contexts that this thread has entered and not left."""
+
+    def __init__(self) -> None:
+        self.contexts: list[AbstractContextManager[list[str]]] = []
 
 
 @contextmanager
-def _replace(options: "_Replacement") -> Iterator[list[str]]:
+def _replace(options: Replacement) -> Iterator[list[str]]:
     with ExitStack() as stack:
-        record = _Record()
+        record = _Record(_innermost.get())
+        stack.callback(_innermost.reset, _innermost.set(record))
         stack.enter_context(_replaced(options))
         calls = partial(_apply_layer, options, record)
         stack.enter_context(intercept_calls([nn.BatchNorm], calls))
@@ -89,22 +138,14 @@ def _replace(options: "_Replacement") -> Iterator[list[str]]:
         stack.enter_context(nn.intercept_methods(record.watch))
         yield record.served
     if record.others and not record.served:
-        warn_not_replaced("this context", record.others, stacklevel=3)
-
-
-@dataclass(frozen=True)
-class _Replacement:
-    """The options of a replacement."""
-
-    autodiff: Autodiff
-    unbiased: bool
-    also: tuple[type, ...]
+        warn_not_replaced("this context", record.others, stacklevel=4)
 
 
 @dataclass
 class _Record:
     """The layers that were called: the paths of the replaced, the kinds of others."""
 
+    outer: "_Record | None"  # of the context around this one
     served: list[str] = field(default_factory=list)
     others: dict[str, type] = field(default_factory=dict)
 
@@ -112,6 +153,8 @@ class _Record:
         """Record the path of a replaced layer."""
         if join(path) not in self.served:
             self.served.append(join(path))
+        if self.outer is not None:
+            self.outer.serve(path)
 
     def watch(
         self,
@@ -131,11 +174,17 @@ class _Record:
         return result
 
 
+# The contexts outside of this one hand the calls on: Flax calls them first.
+_innermost: ContextVar[_Record | None] = ContextVar("innermost", default=None)
+
+
 def _replace_in_module(
-    options: _Replacement, record: _Record, bridge: nn.Module, module: object
+    options: Replacement, record: _Record, bridge: nn.Module, module: object
 ) -> None:
     from ..nnx import _replace as nnx_replace  # a circular import
 
+    if record is not _innermost.get():
+        return
     given = options.autodiff, options.unbiased, options.also
     paths = nnx_replace.replace_layers(module, *given)
     nnx_replace.replace_bridges(module, *given)
@@ -146,7 +195,7 @@ def _replace_in_module(
 
 
 def _apply_layer(
-    options: _Replacement,
+    options: Replacement,
     record: _Record,
     next_call: NextCall,
     layer: nn.BatchNorm,
@@ -154,6 +203,8 @@ def _apply_layer(
     **kwargs: PyTree,
 ) -> Array:
     """Apply a layer by jaxbn, except in a pass of `population`, which does so."""
+    if record is not _innermost.get():
+        return next_call(*args, **kwargs)
     record.serve(layer.path)
     if measuring.value:
         return next_call(*args, **kwargs)
@@ -162,7 +213,7 @@ def _apply_layer(
 
 
 def _apply_lookalike(
-    options: _Replacement,
+    options: Replacement,
     record: _Record,
     kind: type[nn.Module],
     next_call: NextCall,
@@ -171,6 +222,8 @@ def _apply_lookalike(
     **kwargs: PyTree,
 ) -> Array:
     """Apply a layer of another class, which makes its variables itself."""
+    if record is not _innermost.get():
+        return next_call(*args, **kwargs)
     record.serve(layer.path)
     if layer.is_initializing():
         return next_call(*args, **kwargs)

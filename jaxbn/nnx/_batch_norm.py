@@ -21,6 +21,7 @@ from .._flax.layer import (
     Layer,
     as_inexact,
     call_batch_norm,
+    check_flag,
     counts_batches,
     make_state,
 )
@@ -40,9 +41,10 @@ class BatchNorm(nnx.BatchNorm):
 
     **Arguments that differ from Flax's**
 
-    - `momentum`: may be `None`: the running statistics are then the average of all
-      batches with equal weight, and a third `nnx.BatchStat`, `count`, counts them.
-      `momentum` and `epsilon` may be traced scalars, as in Flax.
+    - `momentum`: as in Flax the share of the old statistics that is kept, in [0, 1]:
+      PyTorch's 0.1 is 0.9 here. May be `None`: the running statistics are then the
+      average of all batches with equal weight, and a third `nnx.BatchStat`, `count`,
+      counts them. `momentum` and `epsilon` may be traced scalars, as in Flax.
     - `unbiased`: `True` updates the running variance with n/(n-1)·σ², as in the paper
       and PyTorch; the default, `False`, with σ², as in Flax.
     - `autodiff`: `"jax"` is for forward mode (`jax.jvp`, `jax.jacfwd`), which the
@@ -66,7 +68,9 @@ class BatchNorm(nnx.BatchNorm):
     Differences from Flax: the variance does not cancel for large means, masked
     statistics are weighted by count over devices, an empty batch (or shard) leaves the
     running statistics unchanged, inference in bfloat16 does not round these, and the
-    mean of complex input stays complex.
+    mean of complex input stays complex. Errors here, but not in Flax: a momentum
+    outside of [0, 1], a negative epsilon, and other values than bools for
+    `use_running_average` and the arguments that are flags.
 
     Source: Ioffe & Szegedy, [arXiv:1502.03167](https://arxiv.org/abs/1502.03167),
     Algorithms 1 and 2.
@@ -112,6 +116,10 @@ class BatchNorm(nnx.BatchNorm):
         bias_metadata: Mapping[str, object] = MappingProxyType({}),
         scale_metadata: Mapping[str, object] = MappingProxyType({}),
     ):
+        check_flag("use_bias", use_bias)
+        check_flag("use_scale", use_scale)
+        if use_running_average is not None:
+            check_flag("use_running_average", use_running_average)
         super().__init__(
             num_features,
             use_running_average=use_running_average,
@@ -132,7 +140,7 @@ class BatchNorm(nnx.BatchNorm):
             bias_metadata=bias_metadata,
             scale_metadata=scale_metadata,
         )
-        if unbiased:
+        if check_flag("unbiased", unbiased):
             self.unbiased = True
         if autodiff != BatchNorm.autodiff:
             self.autodiff = autodiff
@@ -154,10 +162,10 @@ class BatchNorm(nnx.BatchNorm):
             use_running_average = check_running_average(self.use_running_average)
         return self._apply_layer(
             x,
-            train=not use_running_average,
+            train=not check_flag("use_running_average", use_running_average),
             mask=mask,
             axis_name=self.axis_name,
-            update_statistics=update_statistics,
+            update_statistics=check_flag("update_statistics", update_statistics),
             function=self._function(),
         )
 

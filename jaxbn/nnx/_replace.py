@@ -7,6 +7,7 @@ from flax import nnx
 from jaxtyping import PyTree
 
 from .._core.options import Autodiff, check_autodiff
+from .._flax.layer import check_flag
 from .._flax.lookalikes import check_also, check_variables, warn_not_replaced
 from .._flax.paths import Path, join
 from ._batch_norm import BatchNorm
@@ -58,6 +59,7 @@ def replace_batch_norm(
     True
     """
     check_autodiff(autodiff)
+    check_flag("unbiased", unbiased)
     kinds = check_also(also)
     replace_layers(model, autodiff, unbiased, kinds)
     replace_bridges(model, autodiff, unbiased, kinds)

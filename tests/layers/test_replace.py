@@ -2,8 +2,11 @@
 
 import copy
 import pickle
+import threading
 import warnings
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 import jax
@@ -511,6 +514,167 @@ def test_unbiased_nnx_layers_match_oracle(x):
     assert layer.unbiased
     got = nnx_step(layer, x, (), {})
     assert_near(got, expected(x, unbiased=True), 1e-3)
+
+
+# One context several times, and contexts in contexts.
+
+
+class Norm(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        return nn.BatchNorm(False, momentum=MOMENTUM, epsilon=EPSILON, name="bn")(x)
+
+
+def step_with(net, variables, x):
+    """Return y and the statistics of a step in whatever context is entered."""
+    y, updates = net.apply(variables, x, mutable=["batch_stats"])
+    stats = updates["batch_stats"]["bn"]
+    return y, stats["mean"], stats["var"]
+
+
+@pytest.fixture
+def net_and_step(x) -> Any:
+    net = Norm()
+    variables = net.init(jax.random.key(0), x)
+    return net, jax.jit(lambda x: step_with(net, variables, x))
+
+
+def far_from(x):
+    """Flax's variance cancels, with which a layer outside of all contexts is told."""
+    y, _, var = expected(x)
+    return lambda got: np.abs(got[2] - var).max() > 0.1 or np.abs(got[0] - y).max() > 1
+
+
+def test_linen_context_may_be_entered_again(x, net_and_step):
+    net, step = net_and_step
+    context = jaxbn.linen.replace_batch_norm(unbiased=True)
+    for _ in range(2):
+        with context as paths:
+            assert_near(step(x), expected(x, unbiased=True), 1e-3)
+            with context as inner:
+                variables = net.init(jax.random.key(0), x)
+                y, *_ = step_with(net, variables, x)
+                assert inner == ["bn"]
+            assert_near(y, expected(x)[0], 1e-3)
+            net.apply(variables, x, mutable=["batch_stats"])
+            assert paths == ["bn"]
+        assert far_from(x)(step(x))
+
+
+def test_linen_decorator_may_recurse(x, net_and_step):
+    net, _ = net_and_step
+    variables = net.init(jax.random.key(0), x)
+
+    @jaxbn.linen.replace_batch_norm()
+    def run(times):
+        if times:
+            run(times - 1)
+        return step_with(net, variables, x)
+
+    assert_near(run(2), expected(x), 1e-3)
+    assert far_from(x)(step_with(net, variables, x))
+
+
+def test_linen_context_is_left_after_an_error(x, net_and_step):
+    _, step = net_and_step
+    context = jaxbn.linen.replace_batch_norm()
+    with pytest.raises(KeyError), context, context:
+        raise KeyError
+    assert far_from(x)(step(x))
+    with context:
+        assert_near(step(x), expected(x), 1e-3)
+
+
+def test_linen_context_serves_several_threads(x, net_and_step):
+    net, _ = net_and_step
+    variables = net.init(jax.random.key(0), x)
+    context = jaxbn.linen.replace_batch_norm()
+    inside, left = threading.Event(), threading.Event()
+
+    def enter_and_leave():
+        with context as paths:
+            inside.set()
+            left.wait(10)
+            return step_with(net, variables, x), paths
+
+    with ThreadPoolExecutor(1) as pool:
+        with context:
+            other = pool.submit(enter_and_leave)
+            inside.wait(10)
+        assert far_from(x)(step_with(net, variables, x))
+        left.set()
+        got, paths = other.result()
+    assert_near(got, expected(x), 1e-3)
+    assert paths == ["bn"]
+
+
+@pytest.mark.parametrize("kind", [nn.BatchNorm, LinenMasked, "nnx"])
+@pytest.mark.parametrize("inner", [True, False])
+def test_inner_linen_context_decides(inner, kind, x):
+    """Flax calls the interceptors of the outer context first."""
+    if kind == "nnx":
+        net, args = nnx.bridge.to_linen(InnerNNX, NNXSubclass), ()
+    else:
+        options = {"momentum": MOMENTUM, "epsilon": EPSILON}
+        net, args = LinenNet(partial(kind, **options)), (False,)
+    variables = net.init(jax.random.key(0), x, *args)
+    replace = partial(jaxbn.linen.replace_batch_norm, also=[LinenMasked])
+    with replace(unbiased=not inner) as outer_paths:
+        with replace(unbiased=inner) as paths:
+            y, updates = net.apply(variables, x, *args, mutable=["batch_stats"])
+        assert paths == outer_paths == ["bn"]
+        _, after = net.apply(variables, x, *args, mutable=["batch_stats"])
+
+    def var(updates):
+        (var,) = jax.tree.leaves(updates["batch_stats"]["bn"]["var"])
+        return var
+
+    assert_near((y, var(updates)), expected(x, unbiased=inner)[::2], 1e-3)
+    assert_near(var(after), expected(x, unbiased=not inner)[2], 1e-3)
+
+
+class Outer(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        return nnx.bridge.ToLinen(NnxOuter)(x)
+
+
+class NnxOuter(nnx.Module):
+    def __init__(self, rngs):
+        self.net = InnerNNX(nnx.BatchNorm, rngs)
+        self.others = nnx.List([nnx.BatchNorm(C, rngs=rngs)])
+
+    def __call__(self, x):
+        return self.others[0](self.net(x))
+
+
+def test_linen_paths_within_bridges_are_whole(x):
+    net = Outer()
+    variables = net.init(jax.random.key(0), x)
+    with jaxbn.linen.replace_batch_norm() as paths:
+        net.apply(variables, x, mutable=["batch_stats"])
+    assert sorted(paths) == ["ToLinen_0/net/bn", "ToLinen_0/others/0"]
+
+
+def test_linen_warning_has_whole_paths_within_bridges(x):
+    class Model(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return nnx.bridge.to_linen(InnerNNX, NNXTrained, name="net")(x)
+
+    net = Model()
+    variables = net.init(jax.random.key(0), x)
+    with (
+        pytest.warns(UserWarning, match="replaced nothing.*NNXTrained at 'net/bn'"),
+        jaxbn.linen.replace_batch_norm(),
+    ):
+        net.apply(variables, x, mutable=["batch_stats"])
+
+
+def test_nnx_warning_has_whole_paths(x):
+    model = nnx.Dict(blocks=nnx.List([nnx.Dict(inner=make(NNXTrained))]))
+    with pytest.warns(UserWarning, match="NNXTrained at 'blocks/0/inner'"):
+        jaxbn.nnx.replace_batch_norm(model)
 
 
 # Errors.
