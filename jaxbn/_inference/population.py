@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Any, Generic, Literal, TypeVar
+from typing import Any, Generic, Literal, Protocol, TypeVar, cast, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -28,8 +28,29 @@ from .accumulator import Accumulator, AnyArray
 
 Batch = TypeVar("Batch")
 Variance = Literal["paper", "total"]
-XAndMask = ArrayLike | tuple[ArrayLike, ArrayLike | None] | list[Any]
 VARIANCES = ("paper", "total")
+
+
+@runtime_checkable
+class SupportsArray(Protocol):
+    """A tensor of another library that NumPy can read."""
+
+    def __array__(self, *args: Any, **kwargs: Any) -> np.ndarray:
+        """Convert to NumPy."""
+        ...
+
+
+@runtime_checkable
+class SupportsDLPack(Protocol):
+    """A tensor of another library that JAX can read."""
+
+    def __dlpack__(self, *args: Any, **kwargs: Any) -> object:
+        """Export the memory."""
+        ...
+
+
+Tensor = ArrayLike | SupportsArray | SupportsDLPack
+XAndMask = Tensor | tuple[Tensor, Tensor | None] | list[Any]
 
 _accumulate_batch = partial(jax.jit, static_argnums=2)(Accumulator.from_batch)
 
@@ -110,7 +131,7 @@ def population(
     dtypes = []
 
     def measure(_: int, batch: XAndMask) -> dict[str, Accumulator]:
-        x, mask = _x_and_mask(batch)
+        x, mask = cast(tuple[ArrayLike, ArrayLike | None], _x_and_mask(batch))
         x = check_input(x)
         dtypes.append(accumulation_dtype(x.dtype))
         mask = check_mask(mask, x.shape)
@@ -128,7 +149,7 @@ def population(
     )
 
 
-def _x_and_mask(batch: XAndMask) -> tuple[ArrayLike, ArrayLike | None]:
+def _x_and_mask(batch: XAndMask) -> tuple[Tensor, Tensor | None]:
     """Return x and mask of a batch: of a pair, or of x without a mask."""
     if isinstance(batch, list):
         has_array = any(getattr(item, "ndim", 0) > 0 for item in batch)
@@ -335,7 +356,7 @@ def _check_max_batches(max_batches: int) -> int:
 
 def _check_is_iterable_of_batches(batches: object) -> None:
     """Check that `batches` is not itself a batch: an array, or a tree of arrays."""
-    is_array = hasattr(batches, "__array__") or hasattr(batches, "__dlpack__")
+    is_array = isinstance(batches, SupportsArray | SupportsDLPack)
     is_tree = isinstance(batches, Mapping) or hasattr(batches, "_fields")
     if is_array or is_tree or not isinstance(batches, Iterable):
         shape = f" of shape {tuple(getattr(batches, 'shape', ()))}" if is_array else ""

@@ -33,7 +33,7 @@ def batches(rng) -> list[np.ndarray]:
 def expected(batches, keys):
     """Return the paper's statistics of x + N(0, 1), with one key for each batch."""
     noisy = [
-        np.float64(x) + np.float64(jax.random.normal(key, x.shape))
+        np.asarray(x, np.float64) + np.asarray(jax.random.normal(key, x.shape))
         for x, key in zip(batches, keys, strict=True)
     ]
     n = np.array([len(x) for x in noisy])
@@ -67,7 +67,7 @@ def statistics(bn) -> tuple[Any, Any]:
     return bn.mean[...], bn.var[...]
 
 
-def counts(model) -> list[int]:
+def counts(model) -> list[Any]:
     nodes = [node for _, node in nnx.iter_graph(model, graph=True)]
     return [node[...].tolist() for node in nodes if isinstance(node, nnx.RngCount)]
 
@@ -158,9 +158,10 @@ def test_streams_of_sharded_batches_are_compiled_once(batches):
     mesh = Mesh(np.array(jax.devices()), "data")
     sharded = jax.device_put(batches[:2], NamedSharding(mesh, P("data")))
     model = Noisy(nnx.Rngs(KEY))
-    before = nnx_population._measure._cache_size()
+    measure: Any = nnx_population._measure
+    before = measure._cache_size()
     jaxbn.nnx.population(model, sharded * 2)
-    assert nnx_population._measure._cache_size() == before + 1
+    assert measure._cache_size() == before + 1
     jaxbn.nnx.population(model, sharded)
     assert_near(statistics(model.bn), expected(batches[:2], keys_of_batches()[:2]))
 
@@ -189,7 +190,7 @@ def linen_expected(batches, rngs):
     """Return the statistics of the numbers that `apply` draws with these streams."""
     model = LinenNoisy()
     noisy = [
-        np.float64(model.apply({}, x, rngs=r, method="add_noise"))
+        np.asarray(model.apply({}, x, rngs=r, method="add_noise"), np.float64)
         for x, r in zip(batches, rngs, strict=True)
     ]
     n = np.array([len(x) for x in noisy])
@@ -274,7 +275,7 @@ def test_nnx_modules_in_linen_models_draw_new_numbers_in_each_batch(rngs, batche
 def test_linen_modules_in_nnx_models_draw_new_numbers_in_each_batch(batches):
     rngs = nnx.Rngs(params=0, noise=7)
     bridge = nnx.bridge.ToNNX(LinenNoisy(), rngs=rngs)
-    model = nnx.bridge.lazy_init(bridge, batches[0])
+    model: Any = nnx.bridge.lazy_init(bridge, batches[0])
     stream: Any = model.to_nnx__rngs["noise"]
     start = int(stream.count[...])
     keys = keys_of_batches(stream.key[...], start)
