@@ -98,11 +98,11 @@ def population(
       is an error, which names it. Masked elements do not matter.
 
     **Returns** a `BatchNormState` for `batch_norm(..., train=False)`: `mean` and `var`
-    in float32, or float64 for float64 input; `count` is the number of batches, the
-    largest of any feature. To continue a finished pass, merge its state with the state
-    of the further batches: `merge_states([first, second], weights=[n_1, n_2])` with the
-    elements of a feature in each. The mean is exact; the variance is of "total", to a
-    relative 2/N, where both are.
+    in float32, or float64 for float64 input; `count` is the number of batches, of the
+    feature that has most. A finished pass is continued by a second one:
+    `merge_states([first, second], weights=[n_1, n_2])`, with the elements of a feature
+    in each, gives the mean of one pass, and of two "total" variances that of one pass
+    to a relative 2/N.
 
     **Raises** `ValueError` if there is no batch, if batches differ in their features,
     if a feature has no variance, or if a batch or a result is not finite; `TypeError`

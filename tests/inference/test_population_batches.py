@@ -237,10 +237,9 @@ def test_skipped_arrays_have_no_influence(batches):
         jaxbn.population([batches[0], large])
 
 
-@pytest.mark.parametrize("value", [np.nan, np.inf])
-def test_weights_that_are_not_finite_count_as_a_bad_batch(value, batches):
+def test_a_weight_of_nan_makes_a_bad_batch(batches):
     weights = np.ones((8, 1), np.float32)
-    weights[3] = value
+    weights[3] = np.nan
     with pytest.raises(ValueError, match="got inf or NaN in batch 1, for 'x'"):
         jaxbn.population([batches[0], (batches[2], weights)])
 
