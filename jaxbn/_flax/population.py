@@ -1,7 +1,7 @@
 """Population statistics of the layers of a model."""
 
 from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import TypeVar
 
 import jax
@@ -12,9 +12,15 @@ from jax.typing import ArrayLike
 from jaxtyping import PyTree
 
 from .._core.dtypes import accumulation_dtype
+from .._core.options import check_input
 from .._core.weights import check_mask
-from .._inference.accumulator import Accumulator
-from .._inference.population import Variance, check_same_features, finalize
+from .._inference.accumulator import Accumulator, AnyArray
+from .._inference.population import (
+    Variance,
+    cast_finite,
+    check_same_features,
+    finalize,
+)
 from .folding import check_has_batch_norm
 from .layer import (
     AxisNames,
@@ -29,6 +35,7 @@ from .layer import (
 ACCUMULATOR = "accumulator"
 
 Variables = TypeVar("Variables")
+Measured = TypeVar("Measured")
 
 
 def select_layers(
@@ -55,24 +62,31 @@ def _list_paths(paths: Collection[str]) -> str:
     return f"There are: {', '.join(map(repr, paths))}."
 
 
-@contextmanager
-def add_call_note(as_it_is: bool) -> Iterator[None]:
+def add_call_note(as_it_is: bool) -> AbstractContextManager[None]:
     """Add a note about `call=` to errors of a model that is called on the batch."""
+    return add_note(
+        Exception if as_it_is else (),
+        "population called the model as model(batch). If it takes other arguments, or "
+        "a part of the batch, pass for instance "
+        "call=lambda model, batch: model(batch['image'], train=False).",
+    )
+
+
+@contextmanager
+def add_note(
+    kinds: type[Exception] | tuple[type[Exception], ...], note: str
+) -> Iterator[None]:
+    """Add a note to errors of these kinds."""
     try:
         yield
-    except Exception as error:
-        if as_it_is:
-            error.add_note(
-                "population called the model as model(batch), without rngs. If it "
-                "takes other arguments, or a part of the batch, pass for instance "
-                "call=lambda model, batch: model(batch['image'], train=False)."
-            )
+    except kinds as error:
+        error.add_note(note)
         raise
 
 
 def measure_stacks(
-    measure: Callable[[Variables], dict[str, Accumulator]], variables: Variables
-) -> dict[str, Accumulator]:
+    measure: Callable[[Variables], Measured], variables: Variables
+) -> Measured:
     """Measure the model, or each model of a stack that `jax.vmap` initialized.
 
     The shapes alone do not tell a stack of models from a model of stacked layers, so
@@ -115,6 +129,7 @@ def accumulate_call(
     axis_name: tuple[str, ...] | None,
 ) -> Accumulator:
     """Accumulate the input of one call of a layer."""
+    x = check_input(x)
     new = Accumulator.from_batch(
         x,
         check_mask(flax_mask(mask), x.shape),
@@ -147,21 +162,28 @@ def new_statistics(
 def _new_statistics(
     name: str, total: Accumulator, stats: Mapping[str, Array], variance: Variance
 ) -> dict[str, Array]:
-    mean, var = finalize(f"layer {name!r}", total, variance)
+    layer = f"layer {name!r}"
+    mean, var = finalize(layer, total, variance)
     new = {"mean": mean, "var": var}
     for key, value in new.items():
+        stored = cast_finite(layer, value, _stored_dtype(value, stats[key]))
         # A feature without an element in any batch keeps its statistics.
-        old = np.asarray(stats[key]).astype(np.result_type(value, np.float64))
-        new[key] = np.where(total.n > 0, value, old)
+        new[key] = np.where(total.n > 0, stored, np.asarray(stats[key]))
     if "count" in stats:
         stacked = np.shape(stats["count"])
+        # A mask can leave features out of a batch: the layer counts the most of any.
         new["count"] = np.asarray(total.num_batches.reshape(*stacked, -1).max(-1))
-    return {key: _as_stored(value, stats[key]) for key, value in new.items()}
+    return {key: _store_like(value, stats[key]) for key, value in new.items()}
 
 
-def _as_stored(value: Array | np.ndarray, old: Array) -> Array:
-    """Convert to the dtype and sharding of `old`; a complex mean stays complex."""
+def _stored_dtype(value: AnyArray, old: Array) -> np.dtype:
+    """Return the dtype of `old`; that of a complex mean is complex."""
     is_complex = np.iscomplexobj(value)
-    dtype = accumulation_dtype(old.dtype, jnp.complex64) if is_complex else old.dtype
+    return accumulation_dtype(old.dtype, jnp.complex64) if is_complex else old.dtype
+
+
+def _store_like(value: AnyArray, old: Array) -> Array:
+    """Convert to a JAX array with the dtype and sharding of `old`."""
     sharding = old.sharding if getattr(old, "committed", False) else None
-    return jax.device_put(jnp.asarray(value, dtype), sharding)
+    value = jnp.asarray(value, _stored_dtype(value, old))
+    return jax.device_put(value, sharding)

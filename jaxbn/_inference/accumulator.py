@@ -61,8 +61,9 @@ class Accumulator(NamedTuple):
         axes = reduction_axes(feature_axes, x.ndim)
         closed_form = not jnp.iscomplexobj(x)
         local = moments(x_acc, x, mask, axes, closed_form=closed_form)
-        mean, var, n, _ = merge(local, axis_name, groups)
-        n = jnp.broadcast_to(jnp.asarray(n, var.dtype), mean.shape)
+        batch = merge(local, axis_name, groups)
+        mean, var = batch.mean, batch.var
+        n = jnp.broadcast_to(jnp.asarray(batch.n, var.dtype), mean.shape)
         var_weight = jnp.where(n > 1, n, 0)
         parts = (
             *(mean, n * var, n, (n > 0).astype(n.dtype)),

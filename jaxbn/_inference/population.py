@@ -6,14 +6,18 @@ vectors of the features' shape, however long the stream.
 
 import itertools
 import operator
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
-from typing import Any, Generic, Literal, TypeVar
+from typing import Any, Generic, Literal, Protocol, TypeVar, cast, runtime_checkable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.typing import ArrayLike
+from jax.core import Tracer
+from jax.typing import ArrayLike, DTypeLike
+from jaxtyping import PyTree
 
 from .._core.axes import check_axis
 from .._core.dtypes import accumulation_dtype, real_dtype
@@ -24,8 +28,29 @@ from .accumulator import Accumulator, AnyArray
 
 Batch = TypeVar("Batch")
 Variance = Literal["paper", "total"]
-XAndMask = ArrayLike | tuple[ArrayLike, ArrayLike | None] | list[Any]
 VARIANCES = ("paper", "total")
+
+
+@runtime_checkable
+class SupportsArray(Protocol):
+    """A tensor of another library that NumPy can read."""
+
+    def __array__(self, *args: Any, **kwargs: Any) -> np.ndarray:
+        """Convert to NumPy."""
+        ...
+
+
+@runtime_checkable
+class SupportsDLPack(Protocol):
+    """A tensor of another library that JAX can read."""
+
+    def __dlpack__(self, *args: Any, **kwargs: Any) -> object:
+        """Export the memory."""
+        ...
+
+
+Tensor = ArrayLike | SupportsArray | SupportsDLPack
+XAndMask = Tensor | tuple[Tensor, Tensor | None] | list[Any]
 
 _accumulate_batch = partial(jax.jit, static_argnums=2)(Accumulator.from_batch)
 
@@ -37,6 +62,7 @@ def population(
     variance: Variance = "paper",
     max_batches: int | None = None,
     progress: Callable[[Iterable[XAndMask]], Iterable[XAndMask]] | None = None,
+    skip_nonfinite: bool = False,
 ) -> BatchNormState:
     """Compute the statistics of a layer's inputs over many batches, for inference.
 
@@ -57,22 +83,31 @@ def population(
     - `batches`: an iterable of arrays, floating or complex, each the layer's input for
       one batch; or of pairs `(x, mask)`, with a mask as in `batch_norm`: n_B is Σ mask,
       or the effective number of a floating mask's weights. A list of two arrays is a
-      pair too, as PyTorch's loaders make it. It is read once, one batch at a time.
-      Batches may differ in all but their features, and may be sharded. A
-      single batch is written `[x]`.
+      pair too, as PyTorch's loaders make it. Tensors of other libraries are taken by
+      their `__array__`, or by DLPack. It is read once, one batch at a time. Batches may
+      differ in all but their features, and may be sharded. A single batch is written
+      `[x]`.
     - `axis`: the feature axis or axes, as in `batch_norm`.
     - `variance`: `"paper"` or `"total"`. A batch with n_B ≤ 1 has no variance: for
       "paper" it counts in the mean alone.
     - `max_batches`: the largest number of batches to read; all of them if `None`.
     - `progress`: wraps the iterable to show progress: `tqdm.tqdm`,
       `rich.progress.track`. The iterable has a length if `batches` has one.
+    - `skip_nonfinite`: whether to leave out a batch with inf or NaN in its statistics,
+      and warn at the end with the numbers of all such batches. Otherwise the first one
+      is an error, which names it. Masked elements do not matter.
 
     **Returns** a `BatchNormState` for `batch_norm(..., train=False)`: `mean` and `var`
-    in float32, or float64 for float64 input; `count` is the number of batches.
+    in float32, or float64 for float64 input; `count` is the number of batches, of the
+    feature that has most. A finished pass is continued by a second one:
+    `merge_states([first, second], weights=[n_1, n_2])`, with the elements of a feature
+    in each, gives the mean of one pass, and of two "total" variances that of one pass
+    to a relative 2/N.
 
     **Raises** `ValueError` if there is no batch, if batches differ in their features,
-    if a feature has no variance, or if a result is not finite; `TypeError` for dtypes
-    and kinds, and for an array where an iterable of batches belongs.
+    if a feature has no variance, or if a batch or a result is not finite; `TypeError`
+    for dtypes and kinds, for an array where an iterable of batches belongs, and within
+    `jit`.
 
     Differences from PyTorch: `torch.optim.swa_utils.update_bn` gives each batch the
     same weight; here a short last batch has the weight of its elements.
@@ -95,25 +130,26 @@ def population(
     check_variance(variance)
     dtypes = []
 
-    def measure(batch: XAndMask) -> dict[str, Accumulator]:
-        x, mask = _x_and_mask(batch)
+    def measure(_: int, batch: XAndMask) -> dict[str, Accumulator]:
+        x, mask = cast(tuple[ArrayLike, ArrayLike | None], _x_and_mask(batch))
         x = check_input(x)
         dtypes.append(accumulation_dtype(x.dtype))
         mask = check_mask(mask, x.shape)
         return {"x": _accumulate_batch(x, mask, check_axis(axis, x.ndim))}
 
-    (total,) = accumulate(measure, batches, max_batches, progress).values()
+    totals = accumulate(measure, batches, max_batches, progress, skip_nonfinite)
+    (total,) = totals.values()
     _check_every_feature_reached(total.n)
     mean, var = finalize("x", total, variance)
     dtype = accumulation_dtype(*dtypes)
     return BatchNormState(
-        mean=jnp.asarray(mean, dtype),
-        var=jnp.asarray(var, real_dtype(dtype)),
+        mean=jnp.asarray(cast_finite("x", mean, dtype)),
+        var=jnp.asarray(cast_finite("x", var, real_dtype(dtype))),
         count=jnp.asarray(total.num_batches.max(), jnp.float32),
     )
 
 
-def _x_and_mask(batch: XAndMask) -> tuple[ArrayLike, ArrayLike | None]:
+def _x_and_mask(batch: XAndMask) -> tuple[Tensor, Tensor | None]:
     """Return x and mask of a batch: of a pair, or of x without a mask."""
     if isinstance(batch, list):
         has_array = any(getattr(item, "ndim", 0) > 0 for item in batch)
@@ -129,24 +165,99 @@ def _x_and_mask(batch: XAndMask) -> tuple[ArrayLike, ArrayLike | None]:
 
 
 def accumulate(
-    measure: Callable[[Batch], Mapping[str, Accumulator]],
+    measure: Callable[[int, Batch], Mapping[str, Accumulator]],
     batches: Iterable[Batch],
     max_batches: int | None,
     progress: Callable[[Iterable[Batch]], Iterable[Batch]] | None,
+    skip_nonfinite: bool,
 ) -> dict[str, Accumulator]:
-    """Merge the accumulators of all batches by layer name, in float64 on the host."""
+    """Merge the accumulators of all batches by layer name, in float64 on the host.
+
+    `measure` is a function of a batch's number, from 0, and of the batch.
+    """
     _check_is_iterable_of_batches(batches)
     if max_batches is not None:
         batches = _First(batches, _check_max_batches(max_batches))
     total: dict[str, Accumulator] = {}
-    for batch in batches if progress is None else progress(batches):
-        for name, new in jax.device_get(measure(_check_batch(batch))).items():
-            new = new.astype(np.result_type(new.mean, np.float64))
-            if name in total:
-                check_same_features(new.mean.shape, total[name].mean.shape)
-                new = total[name].merge(new)
-            total[name] = new
-    return _check_any_batch(total)
+    skipped: list[int] = []
+    for number, batch in enumerate(batches if progress is None else progress(batches)):
+        with _add_batch_note(number):
+            new = _to_host(measure(number, _as_arrays(batch)))
+            if skip_nonfinite and _nonfinite_layers(new):
+                skipped.append(number)
+                continue
+            _check_batch_is_finite(number, new)
+            total = _merge(total, new)
+    _check_any_batch(total, skipped)
+    _warn_skipped(skipped)
+    return total
+
+
+def _as_arrays(batch: Batch) -> Batch:
+    """Return `batch` with the tensors of other libraries as arrays."""
+    return jax.tree.map(_as_array, batch)
+
+
+def _as_array(leaf: PyTree) -> PyTree:
+    """Return a leaf that JAX knows as it is, another by `__array__` or DLPack."""
+    if _is_known(leaf):
+        return leaf
+    for convert in (np.asarray, jnp.from_dlpack):  # no bfloat16 in torch's __array__
+        try:
+            array = convert(leaf)
+        except Exception:  # of the other library
+            continue
+        if _is_known(array):
+            return array
+    raise TypeError(
+        "a batch must hold arrays of dtypes that JAX knows; got "
+        f"{type(leaf).__name__} of {getattr(leaf, 'dtype', 'no dtype')}. "
+        "Make it a NumPy or JAX array of numbers first, and drop other leaves."
+    )
+
+
+def _is_known(leaf: PyTree) -> bool:
+    """Return whether JAX computes with `leaf`."""
+    try:
+        jax.typeof(leaf)
+    except TypeError:
+        return False
+    return True
+
+
+def _to_host(measured: Mapping[str, Accumulator]) -> dict[str, Accumulator]:
+    """Return accumulators as NumPy arrays of float64, or of complex128."""
+    if any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(measured)):
+        raise TypeError(
+            "population must be called outside of jit and other transformations, "
+            "since it merges on the host; got a traced batch or model. Call it as it "
+            "is: it compiles what it computes of a batch."
+        )
+    return {
+        name: new.astype(np.result_type(new.mean, np.float64))
+        for name, new in jax.device_get(dict(measured)).items()
+    }
+
+
+def _merge(
+    total: Mapping[str, Accumulator], new: Mapping[str, Accumulator]
+) -> dict[str, Accumulator]:
+    """Merge the accumulators of one more batch, by layer name."""
+    if not total:
+        return dict(new)
+    for name in total:
+        check_same_features(new[name].mean.shape, total[name].mean.shape)
+    return {name: total[name].merge(new[name]) for name in total}
+
+
+def _nonfinite_layers(new: Mapping[str, Accumulator]) -> list[str]:
+    """Return the layers in which a batch has inf or NaN, with numbers of features."""
+    bad = {name: ~np.all(np.isfinite([*parts]), 0) for name, parts in new.items()}
+    return [
+        f"{name!r} ({np.sum(features)} of {features.size} features)"
+        for name, features in bad.items()
+        if np.any(features)
+    ]
 
 
 class _First(Generic[Batch]):
@@ -162,6 +273,27 @@ class _First(Generic[Batch]):
         return min(operator.length_hint(self.iterable, self.most), self.most)
 
 
+@contextmanager
+def _add_batch_note(number: int) -> Iterator[None]:
+    """Add the batch's number to any error: a stream has thousands."""
+    try:
+        yield
+    except Exception as error:
+        error.add_note(f"In batch {number} of population; the first is batch 0.")
+        raise
+
+
+def _warn_skipped(skipped: Sequence[int]) -> None:
+    """Warn with the numbers of the batches that are left out."""
+    if skipped:
+        numbers = ", ".join(map(str, skipped))
+        warnings.warn(
+            "population left out batches with inf or NaN in their statistics, by "
+            f"number from 0: {numbers}. Masks would leave out single elements.",
+            stacklevel=4,
+        )
+
+
 def finalize(
     layer: str, total: Accumulator, variance: Variance
 ) -> tuple[AnyArray, AnyArray]:
@@ -172,8 +304,21 @@ def finalize(
         else (total.m2, total.n - 1)
     )
     _check_has_variance(layer, (total.n > 0) & (divisor <= 0), variance)
-    _check_finite(layer, total.mean, squares)
     return total.mean, squares / np.where(divisor > 0, divisor, 1)
+
+
+def cast_finite(layer: str, values: AnyArray, dtype: DTypeLike) -> AnyArray:
+    """Cast statistics to the dtype that they are stored in, if they fit."""
+    with np.errstate(over="ignore"):
+        stored = values.astype(dtype)
+    bad = ~np.isfinite(stored)
+    if np.any(bad):
+        raise ValueError(
+            f"statistics must be finite; got values too large for {stored.dtype} for "
+            f"{np.sum(bad)} of {bad.size} features of {layer}. Scale the batches down, "
+            "or store the statistics in a wider dtype."
+        )
+    return stored
 
 
 def check_variance(variance: Variance) -> None:
@@ -211,7 +356,7 @@ def _check_max_batches(max_batches: int) -> int:
 
 def _check_is_iterable_of_batches(batches: object) -> None:
     """Check that `batches` is not itself a batch: an array, or a tree of arrays."""
-    is_array = hasattr(batches, "__array__")
+    is_array = isinstance(batches, SupportsArray | SupportsDLPack)
     is_tree = isinstance(batches, Mapping) or hasattr(batches, "_fields")
     if is_array or is_tree or not isinstance(batches, Iterable):
         shape = f" of shape {tuple(getattr(batches, 'shape', ()))}" if is_array else ""
@@ -223,37 +368,39 @@ def _check_is_iterable_of_batches(batches: object) -> None:
         )
 
 
-def _check_batch(batch: Batch) -> Batch:
-    """Check that the leaves of `batch` have dtypes that JAX knows."""
-    for leaf in jax.tree.leaves(batch):
-        try:
-            jax.typeof(leaf)
-        except TypeError:
-            raise TypeError(
-                "a batch must hold arrays of dtypes that JAX knows; got "
-                f"{type(leaf).__name__} of {getattr(leaf, 'dtype', 'no dtype')}. "
-                "Make it a NumPy or JAX array of numbers first, and drop other leaves."
-            ) from None
-    return batch
-
-
-def _check_any_batch(total: dict[str, Accumulator]) -> dict[str, Accumulator]:
-    """Check that there was at least one batch."""
+def _check_any_batch(total: Mapping[str, Accumulator], skipped: Sequence[int]) -> None:
+    """Check that there was at least one batch that was not skipped."""
+    if not total and skipped:
+        raise ValueError(
+            f"batches must hold at least one finite batch; got inf or NaN in each of "
+            f"{len(skipped)}. Leave out skip_nonfinite to see in which layer."
+        )
     if not total:
         raise ValueError(
             "batches must hold at least one batch; got none. A generator can be read "
             "only once: pass a new one, or a list."
         )
-    return total
+
+
+def _check_batch_is_finite(number: int, new: Mapping[str, Accumulator]) -> None:
+    """Check that the statistics of a batch are numbers in every layer."""
+    layers = _nonfinite_layers(new)
+    if layers:
+        raise ValueError(
+            f"statistics must be finite; got inf or NaN in batch {number}, for "
+            f"{', '.join(layers)}. Look at the batch, at the parameters, and for "
+            "values too large for the dtype; or leave such batches out with "
+            "skip_nonfinite=True."
+        )
 
 
 def _check_every_feature_reached(n: AnyArray) -> None:
     """Check that every feature has an element in some batch."""
     if np.any(n <= 0):
         raise ValueError(
-            "every channel must have a row in some batch; got none in "
-            f"{np.sum(n <= 0)} of {n.size} channels. Batches without rows, and "
-            "masks that leave none, say nothing: leave them out, or add others."
+            "every feature needs an unmasked element in some batch; "
+            f"{np.sum(n <= 0)} of {n.size} have none. Pass batches with elements of "
+            "each feature, or masks that leave some."
         )
 
 
@@ -262,18 +409,7 @@ def _check_has_variance(layer: str, lacking: AnyArray, variance: Variance) -> No
     if np.any(lacking):
         where = "in one batch" if variance == "paper" else "in all batches together"
         raise ValueError(
-            f"variance={variance!r} needs more than one row of a channel {where}; got "
-            f"none such for {np.sum(lacking)} of {lacking.size} channels of {layer}. "
+            f"variance={variance!r} needs more than one element of a feature {where}; "
+            f"{np.sum(lacking)} of {lacking.size} features of {layer} have none such. "
             "Pass larger batches" + (", or 'total'." if variance == "paper" else ".")
-        )
-
-
-def _check_finite(layer: str, mean: AnyArray, squares: AnyArray) -> None:
-    """Check that the statistics are numbers."""
-    bad = ~(np.isfinite(mean) & np.isfinite(squares))
-    if np.any(bad):
-        raise ValueError(
-            f"statistics must be finite; got inf or NaN for {np.sum(bad)} of "
-            f"{bad.size} channels of {layer}. Look for the first of them in the "
-            "batches, in the parameters, and in values too large for the dtype."
         )

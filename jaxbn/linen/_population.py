@@ -1,12 +1,13 @@
 """Population statistics of every batch norm layer in a linen model, in one pass."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 
 import jax
 from flax import linen as nn
 from flax.core import unfreeze
+from flax.errors import InvalidRngError
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax import Array
 from jax.typing import ArrayLike
@@ -20,6 +21,7 @@ from .._flax.population import (
     ACCUMULATOR,
     accumulate_call,
     add_call_note,
+    add_note,
     measure_stacks,
     new_statistics,
     only_mapped_axes,
@@ -43,6 +45,8 @@ def population(
     call: Callable[..., object] | None = None,
     progress: Callable[[Iterable[PyTree]], Iterable[PyTree]] | None = None,
     layers: Callable[[str], object] | None = None,
+    rngs: ArrayLike | Mapping[str, ArrayLike] | None = None,
+    skip_nonfinite: bool = False,
 ) -> Mapping[str, PyTree]:
     """Recompute the statistics of every batch norm layer, with the parameters fixed.
 
@@ -59,7 +63,8 @@ def population(
       statistics of each seed.
     - `batches`: an iterable of batches, each an array or a pytree of arrays; `[images]`
       for one batch. Sharded batches give the statistics of the whole batch.
-    - `variance`, `max_batches`, `progress`: as in `jaxbn.population`.
+    - `variance`, `max_batches`, `progress`, `skip_nonfinite`: as in
+      `jaxbn.population`. A batch that is not finite in one layer is left out in all.
     - `call`: a function of the bound model and a batch, for models with more arguments
       than the batch: `lambda model, batch: model(batch["image"], train=False)`. Its
       return value is dropped. Compiled once for each shape of batch, and not again in
@@ -67,6 +72,9 @@ def population(
     - `layers`: a function of a layer's path, such as `"Block_0/BatchNorm_1"`: whether
       to recompute the layer. The others keep their statistics and are called as the
       model calls them; a frozen layer still normalizes by its running statistics.
+    - `rngs`: streams for a model that samples, as for `model.apply`: a key, or a dict
+      of keys. In batch i, counted from 0, each key is `jax.random.fold_in(key, i)`. All
+      seeds of a stack of models have the same.
 
     **Returns** `variables` with new `mean` and `var` (and `count`, the number of
     batches, where a layer has one) in `batch_stats`; all else is unchanged, containers
@@ -96,8 +104,10 @@ def population(
     old = {name: _statistics(flat, path) for name, path in paths.items()}
     selected = tuple(paths[name] for name in select_layers(paths, layers))
     # Bound methods are hashed by the identity of their object: any model will do.
-    measure = partial(_measure, model.apply, call, selected, variables)
-    totals = accumulate(measure, batches, max_batches, progress)
+    measure = partial(
+        *(_measure, model.apply, call, selected, variables, _make_streams(rngs))
+    )
+    totals = accumulate(measure, batches, max_batches, progress, skip_nonfinite)
     for name, new in new_statistics(totals, old, variance).items():
         flat |= {(*paths[name], key): value for key, value in new.items()}
     return rebuild_like({**variables, "batch_stats": unflatten_dict(flat)}, variables)
@@ -118,18 +128,58 @@ def _measure(
     call: Callable[..., object] | None,
     selected: tuple[Path, ...],
     variables: Variables,
+    streams: Mapping[str, ArrayLike],
+    number: int | Array,
     batch: PyTree,
 ) -> dict[str, Accumulator]:
     """Accumulate one batch in every selected layer."""
+    rngs = _fold_in(streams, number)
 
     def measure(variables: Variables) -> dict[str, Accumulator]:
         start = _add_accumulators(variables, selected)
-        with accumulating(), add_call_note(call is None):
-            _, updates = apply(start, batch, method=call, mutable=["batch_stats"])
+        with accumulating(), add_call_note(call is None), _add_rngs_note():
+            _, updates = apply(
+                start, batch, rngs=rngs, method=call, mutable=["batch_stats"]
+            )
         flat: dict[Path, PyTree] = flatten_dict(unfreeze(updates["batch_stats"]))
         return {join(path): flat[*path, ACCUMULATOR] for path in selected}
 
     return measure_stacks(measure, variables)
+
+
+def _make_streams(
+    rngs: ArrayLike | Mapping[str, ArrayLike] | None,
+) -> dict[str, ArrayLike]:
+    """Return a key for each stream; Flax calls the stream of a single key "params"."""
+    if rngs is None:
+        given = {}
+    elif isinstance(rngs, Mapping):
+        given = rngs
+    else:
+        given = {"params": rngs, "default": rngs}
+    # Without a stream of this name, `ToLinen` draws from seed 0 in each batch.
+    streams = {"default": jax.random.key(0), **given}
+    try:
+        jax.eval_shape(_fold_in, streams, 0)
+    except (TypeError, ValueError) as error:
+        raise TypeError(
+            "rngs must be a key, or a dict of keys by the names of streams, as for "
+            f"model.apply; got {rngs!r}. Write rngs={{'dropout': jax.random.key(0)}}."
+        ) from error
+    return streams
+
+
+def _fold_in(streams: Mapping[str, ArrayLike], number: int | Array) -> dict[str, Array]:
+    """Return the keys of the batch of this number."""
+    return {name: jax.random.fold_in(key, number) for name, key in streams.items()}
+
+
+def _add_rngs_note() -> AbstractContextManager[None]:
+    return add_note(
+        InvalidRngError,
+        "The model draws random numbers: pass population a key for each of its "
+        "streams, rngs={'dropout': key}, or call the model as at evaluation.",
+    )
 
 
 def _add_accumulators(variables: Variables, paths: Iterable[Path]) -> Variables:

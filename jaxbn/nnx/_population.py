@@ -1,11 +1,13 @@
 """Population statistics of every batch norm layer in an nnx model, in one pass."""
 
 from collections.abc import Callable, Collection, Iterable
+from contextlib import AbstractContextManager
 from functools import partial
 from typing import TypeVar, cast
 
 import jax
 from flax import nnx
+from flax.errors import TraceContextError
 from jax import Array
 from jax.typing import ArrayLike
 from jaxtyping import PyTree
@@ -17,6 +19,7 @@ from .._flax.population import (
     ACCUMULATOR,
     accumulate_call,
     add_call_note,
+    add_note,
     measure_stacks,
     new_statistics,
     only_mapped_axes,
@@ -26,7 +29,7 @@ from .._inference.accumulator import Accumulator
 from .._inference.population import Variance, accumulate, check_variance
 from ._batch_norm import BatchNorm
 from ._bridge import MeasuredToNNX, all_statistics, bridges
-from ._graph import batch_norms, get, put, replace_class, subclass
+from ._graph import batch_norms, get, iterate, put, replace_class, subclass
 
 Model = TypeVar("Model")
 
@@ -44,6 +47,7 @@ def population(
     call: Callable[[Model, PyTree], object] = _call_model,
     progress: Callable[[Iterable[PyTree]], Iterable[PyTree]] | None = None,
     layers: Callable[[str], object] | None = None,
+    skip_nonfinite: bool = False,
 ) -> None:
     """Recompute the statistics of every batch norm layer, with the parameters fixed.
 
@@ -51,7 +55,8 @@ def population(
     the pass each batch is normalized by its own statistics, in every layer, whatever
     `use_running_average` says, unless `layers` leaves the layer out; the formulas are
     at `jaxbn.population`. Otherwise the model runs as it is: after `model.eval()`,
-    without dropout.
+    without dropout. A model that samples draws new numbers in each batch, from its own
+    `nnx.Rngs`, which are afterwards as they were.
 
     **Arguments**
 
@@ -61,11 +66,15 @@ def population(
       the statistics of each seed.
     - `batches`: an iterable of batches, each an array or a pytree of arrays; `[images]`
       for one batch. Sharded batches give the statistics of the whole batch.
-    - `variance`, `max_batches`, `progress`: as in `jaxbn.population`.
+    - `variance`, `max_batches`, `progress`, `skip_nonfinite`: as in
+      `jaxbn.population`. A batch that is not finite in one layer is left out in all.
     - `call`: a function of model and batch, `model(batch)` unless given: `lambda model,
       batch: model(batch["image"])`. Its return value is dropped, and so are its changes
-      to the model. Compiled once for each shape of batch, and not again in later calls
-      with the same `call` and a model of the same structure.
+      to the model: each batch starts with the same Variables, but for the counts of
+      `nnx.Rngs`. Streams that the model does not hold go with it: `[net, rngs]` for
+      `model`, and `call=lambda model, batch: model[0](batch, rngs=model[1])`. Compiled
+      once for each shape of batch, and not again in later calls with the same `call`
+      and a model of the same structure.
     - `layers`: a function of a layer's path, such as `"blocks/0/bn"`: whether to
       recompute the layer. The others keep their statistics and are called as the
       model calls them; a frozen layer still normalizes by its running statistics.
@@ -92,10 +101,8 @@ def population(
     check_variance(variance)
     stats = {join(path): layer for path, layer in all_statistics(model).items()}
     check_has_batch_norm(stats, "population needs a model with a batch norm layer; got")
-    graphdef, state = nnx.split(model, graph=True)
-    selected = select_layers(stats, layers)
-    measure = partial(_measure, call, selected, graphdef, state)
-    totals = accumulate(measure, batches, max_batches, progress)
+    measure = _make_measure(model, call, select_layers(stats, layers))
+    totals = accumulate(measure, batches, max_batches, progress, skip_nonfinite)
     old = {
         name: {key: variable.get_value() for key, variable in variables.items()}
         for name, variables in stats.items()
@@ -103,6 +110,30 @@ def population(
     for name, new in new_statistics(totals, old, variance).items():
         for key, value in new.items():
             stats[name][key].set_value(value)
+
+
+def _make_measure(
+    model: Model, call: Callable[[Model, PyTree], object], selected: tuple[str, ...]
+) -> Callable[[int, PyTree], dict[str, Accumulator]]:
+    """Return a function of the batch whose model draws new numbers in each call."""
+    graphdef, state = nnx.split(model, graph=True)
+    counts = [count.get_value() for count in _draw_counts(model)]
+
+    def measure(_: int, batch: PyTree) -> dict[str, Accumulator]:
+        nonlocal counts
+        # From the host, as in the first batch: a sharded batch would commit them to
+        # its devices, and the second batch would be compiled anew.
+        accumulators, counts = _measure(
+            *(call, selected, graphdef, state, jax.device_get(counts), batch)
+        )
+        return accumulators
+
+    return measure
+
+
+def _draw_counts(model: PyTree) -> list[nnx.RngCount]:
+    """Return the numbers of draws from each random stream."""
+    return [node for _, node in iterate(model) if isinstance(node, nnx.RngCount)]
 
 
 # The graph is an argument, and not a static one, which would have to be hashable: a
@@ -113,19 +144,42 @@ def _measure(
     selected: tuple[str, ...],
     graphdef: nnx.GraphDef[Model],
     state: PyTree,
+    counts: list[Array],
     batch: PyTree,
-) -> dict[str, Accumulator]:
-    """Accumulate one batch in every selected layer of a copy of the model."""
+) -> tuple[dict[str, Accumulator], list[Array]]:
+    """Accumulate one batch in every selected layer of a copy of the model.
 
-    def measure(state: PyTree) -> dict[str, Accumulator]:
+    `counts` are the draws from each stream before the batch, and after it.
+    """
+
+    def measure(
+        variables: tuple[PyTree, list[Array]],
+    ) -> tuple[dict[str, Accumulator], list[Array]]:
+        state, counts = variables
         model = nnx.merge(graphdef, state)
+        draws = _draw_counts(model)
+        for count, value in zip(draws, counts, strict=True):
+            count.set_value(value)
         paths = make_measured(model, selected)
-        with add_call_note(call is _call_model):
+        as_it_is = call is _call_model
+        with add_call_note(as_it_is), _add_rngs_note(as_it_is):
             call(model, batch)
         accumulators = {path: cast(nnx.BatchStat, get(model, path)) for path in paths}
-        return {join(path[:-1]): a.get_value() for path, a in accumulators.items()}
+        return (
+            {join(path[:-1]): a.get_value() for path, a in accumulators.items()},
+            [count.get_value() for count in draws],
+        )
 
-    return measure_stacks(measure, state)
+    return measure_stacks(measure, (state, counts))
+
+
+def _add_rngs_note(as_it_is: bool) -> AbstractContextManager[None]:
+    return add_note(
+        Exception if as_it_is else TraceContextError,
+        "Random streams must be part of the model, also if it takes them as an "
+        "argument: population([model, rngs], batches, "
+        "call=lambda model, batch: model[0](batch, rngs=model[1])).",
+    )
 
 
 def make_measured(model: PyTree, selected: Collection[str]) -> list[Path]:

@@ -128,6 +128,9 @@ def test_from_training_to_inference_snippets_match_the_model():
     x = conv(names["images"], variables["params"]["Conv_0"]["kernel"])
     stats = variables["batch_stats"]["BatchNorm_0"]
     np.testing.assert_allclose(stats["mean"], x.mean((0, 1, 2)), rtol=1e-5)
+    both, images = names["both"], np.asarray(names["images"], np.float64)
+    np.testing.assert_allclose(both.mean, [images.mean()], rtol=1e-6)
+    np.testing.assert_allclose(both.var, [images.var()], rtol=2e-3)
     for name, values in tuned["params"]["BatchNorm_0"].items():
         np.testing.assert_array_equal(values, variables["params"]["BatchNorm_0"][name])
     kernels = (v["params"]["Conv_0"]["kernel"] for v in (tuned, variables))

@@ -744,14 +744,22 @@ BATCHES: dict[str, Any] = {
     "strings": ([X, "file.npy"], {}, TypeError, "got str of no dtype"),
     "one row each": (
         [X[:1], X[1:2]], {}, ValueError,
-        "'paper' needs more than one row of a channel in one batch; got none such for "
-        "3 of 3 channels of .*, or 'total'",
+        "'paper' needs more than one element of a feature in one batch; 3 of 3 "
+        "features of .* have none such.*, or 'total'",
     ),
     "one row": (
         [X[:1]], {"variance": "total"}, ValueError,
-        r"'total' needs more than one row of a channel in all .*larger batches\.",
+        r"'total' needs more than one element of a feature in all .*larger batches\.",
     ),
-    "nan": ([X, NAN], {}, ValueError, "must be finite; got inf or NaN for .* channels"),
+    "nan": (
+        [X, NAN, "unread"], {}, ValueError,
+        r"(?s)finite; got inf or NaN in batch 1, for .* \(1 of 3 features\).*"
+        "skip_nonfinite=True.*In batch 1 of population; the first is batch 0",
+    ),
+    "each nan": (
+        [NAN, NAN], {"skip_nonfinite": True}, ValueError,
+        "at least one finite batch; got inf or NaN in each of 2",
+    ),
     "variance": ([X], {"variance": "unbiased"}, ValueError, r"one of \('paper', 'tot"),
     "bound": ([X], {"max_batches": 0}, ValueError, "at least 1; got 0"),
     "bound kind": ([X], {"max_batches": 1.5}, TypeError, "an int, or None.*got 1.5"),
@@ -803,21 +811,22 @@ def test_population_rejects_tuples_and_lists_that_are_no_pair(batch):
 
 def test_population_rejects_integers_and_empty_features():
     refuse_core(
-        [X.astype(int)], {}, TypeError, "x must be floating or complex; got int"
+        [X.astype(int)], {}, TypeError, r"x must be floating or complex.*; got int"
     )
     mask = np.array([True, False, True])
-    message = "every channel must have a row in some batch; got none in 1 of 3"
+    message = "every feature needs an unmasked element in some batch; 1 of 3 have none"
     refuse_core([(X, mask)], {}, ValueError, message)
-    refuse_core([X[:0]], {}, ValueError, "got none in 3 of 3")
+    refuse_core([X[:0]], {}, ValueError, "3 of 3 have none")
 
 
-def test_population_error_names_the_layer(rng):
+def test_population_error_names_the_batch_and_the_layers(rng):
+    match = r"in batch 1, for 'first_norm' \(3 of 3 .*'second_norm' \(4 of 4 features"
     model, variables = linen_model(linen.BatchNorm)
-    with pytest.raises(ValueError, match="channels of layer 'first_norm'"):
+    with pytest.raises(ValueError, match=match):
         jaxbn.linen.population(model, variables, [X, NAN])
     model = nnx_model(nnx.BatchNorm)
     before = nnx.to_pure_dict(nnx.state(model))
-    with pytest.raises(ValueError, match="channels of layer 'first_norm'"):
+    with pytest.raises(ValueError, match=match):
         jaxbn.nnx.population(model, [X, NAN])
     assert_same(nnx.to_pure_dict(nnx.state(model)), before, 0)
 
