@@ -5,7 +5,7 @@ from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
-from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, Var
+from jax.extend.core import Jaxpr, JaxprEqn, Literal, Var
 
 from .._core.axes import Axes
 from .marks import INPUT, OUTPUT, PLAIN_INPUT, PLAIN_OUTPUT, Mark, read_mark, seen_axes
@@ -223,13 +223,13 @@ def _read_mark(equation: JaxprEqn, marked: Mark, value: Value, flow: Dataflow) -
         flow.calling = Call(marked.path)
         if marked.part == INPUT:
             flow.inputs[marked.path].append(value)
-            flow.dtypes[marked].add(result.aval.dtype)
+            flow.dtypes[marked].add(_dtype(result))
             value.uses.append((marked.path, axes))
         return Value(term=INPUT, call=flow.calling)
     if marked.part == OUTPUT:
         flow.calling = None
         flow.computed[marked.path].add(_term_of(value))
-        flow.dtypes[marked].add(result.aval.dtype)
+        flow.dtypes[marked].add(_dtype(result))
         output = Value(marked.path, axes, _rank(result) - len(axes))
         flow.outputs[marked.path].append(output)
         return output
@@ -307,6 +307,10 @@ def _rank(atom: Atom) -> int:
     return len(getattr(atom.aval, "shape", ()))
 
 
+def _dtype(atom: Atom) -> np.dtype:
+    return np.dtype(getattr(atom.aval, "dtype", None))
+
+
 def _scan(value: Value, loop: JaxprEqn) -> Value:
     if value.leaf is None:
         return Value()
@@ -328,8 +332,9 @@ def _variable(
 def _programs(params: dict[str, object]) -> Iterator[Jaxpr]:
     for param in params.values():
         for value in param if isinstance(param, tuple | list) else (param,):
-            if isinstance(value, Jaxpr | ClosedJaxpr):
-                yield getattr(value, "jaxpr", value)
+            program = getattr(value, "jaxpr", value)
+            if isinstance(program, Jaxpr):
+                yield program
             elif isinstance(inner := getattr(value, "params", None), dict):
                 yield from _programs(inner)
 

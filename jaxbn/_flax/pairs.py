@@ -270,8 +270,10 @@ def _find_dtypes(
     weights = [trace.dtypes[trace.variables[mark]] for mark in stacks]
     # As in `jaxbn.fold`: a dtype below 16 bits widens nothing.
     wide = accumulation_dtype(*(d for d in weights if d.itemsize > 1))
-    for dtype in (None, returned):
-        outputs = {call.output_dtype(x, dtype or wide) for call in trace.plain[layer]}
+    own = trace.dtypes[trace.variables[Mark("kernel", layer)]]
+    for dtype in (None, own):
+        cast = wide if dtype is None else dtype
+        outputs = {call.output_dtype(x, cast) for call in trace.plain[layer]}
         if outputs == {returned}:
             return dtype, returned
     raise NotFoldableError(

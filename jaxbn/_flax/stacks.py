@@ -30,12 +30,12 @@ def fold_stacks(
     `shape_bias` brings the bias of one layer to the shape that it must have.
     """
     stack = fold.stacks[Mark("kernel", fold.layer)]
-    bias_stack = fold.stacks.get(Mark("bias", fold.layer), stack)
     params, state = _norm_variables(fold, norm)
     layer = jnp.asarray(kernel), None if bias is None else jnp.asarray(bias)
     fold_one = _fold_one(fold, shape_bias)
     if stack is None:
         return fold_one(*layer, params, state)
+    bias_stack = fold.stacks.get(Mark("bias", fold.layer)) or stack
     bias_axis = None if bias is None else _bias_axis(bias_stack, jnp.ndim(bias))
     fold_each = jax.vmap(fold_one, (stack, bias_axis, 0, 0), (stack, 0))
     kernel, new_bias = fold_each(*layer, params, state)
@@ -55,7 +55,7 @@ def _fold_one(fold: Fold, shape_bias: Callable[[Array], Array]) -> FoldLayer:
             axis=fold.axis,
             input_axis=fold.input_axis,
         )
-        dtype = fold.dtype or kernel.dtype
+        dtype = kernel.dtype if fold.dtype is None else fold.dtype
         return kernel.astype(dtype), shape_bias(bias).astype(dtype)
 
     return fold_one

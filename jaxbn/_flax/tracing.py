@@ -41,7 +41,7 @@ class Recorder:
         plain: Callable[[ArrayLike, Weights], Array],
         description: Linear | Norm,
     ) -> Array:
-        """Call a linear layer or a batch norm, marked, and the plain layer beside it."""
+        """Call a layer or batch norm, marked, and the plain layer beside it."""
         if isinstance(description, Linear):
             self.layers.setdefault(path, set()).add(description)
             self.plain.setdefault(path, []).append(describe_call(plain, x, weights))
@@ -90,7 +90,9 @@ def trace_call(
 
 def names(keys: KeyPath) -> Path:
     """Return the names in a path of `jax.tree`, without the attributes of boxes."""
-    return tuple(key.key for key in keys if isinstance(key, DictKey))
+    found = [key.key for key in keys if isinstance(key, DictKey)]
+    # nnx's SpectralNorm and WeightNorm have dicts whose keys are tuples.
+    return tuple(k if isinstance(k, str | int) else str(k) for k in found)
 
 
 @contextmanager

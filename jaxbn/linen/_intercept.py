@@ -4,6 +4,7 @@ from collections.abc import Callable, Collection, Iterable
 from contextlib import AbstractContextManager
 from dataclasses import fields
 from inspect import unwrap
+from typing import TypeVar
 
 import jax
 from flax import linen as nn
@@ -12,6 +13,7 @@ from jax.typing import ArrayLike
 from jaxtyping import PyTree
 
 NextCall = Callable[..., Array]
+Kind = TypeVar("Kind", bound=nn.Module)
 
 
 def intercept_calls(
@@ -51,7 +53,7 @@ def calling_plain() -> AbstractContextManager[None]:
     return _calling_plain(True)
 
 
-def plain_copy(layer: nn.Module, kinds: Collection[type[nn.Module]]) -> nn.Module:
+def plain_copy(layer: nn.Module, kinds: Collection[type[Kind]]) -> Kind:
     """Return a layer with the same options of the first of `kinds` that it is."""
     kind = next(kind for kind in type(layer).__mro__ if kind in kinds)
     names = {field.name for field in fields(kind)} - {"parent", "name"}

@@ -110,8 +110,8 @@ def _variables(module: nn.Module) -> set[str]:
 
 def has_only(module: nn.Module, names: Collection[str]) -> bool:
     """Return whether a module has no variables but these, nor shares its scope."""
-    scope = module.scope
-    shared = scope.name != module.name or scope is getattr(module.parent, "scope", None)
+    scope, parent = module.scope, getattr(module.parent, "scope", None)
+    shared = scope is None or scope.name != module.name or scope is parent
     return not shared and _variables(module) <= {*names}
 
 

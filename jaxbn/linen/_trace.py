@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from typing import cast
 
 import jax
 import jax.numpy as jnp
@@ -118,7 +119,7 @@ def _call_layer(
     def call_plain(x: ArrayLike, weights: Weights) -> Array:
         own = {n: w for n, w in weights.items() if n == "kernel" or plain.use_bias}
         with calling_plain():
-            y = plain.apply({"params": own}, x, **options)
+            y = cast(Array, plain.apply({"params": own}, x, **options))
         return y if plain.use_bias else add_bias(y, weights.get("bias"))
 
     return recorder.call(
@@ -158,7 +159,8 @@ def _call_norm(
         for name, value in weights.items():
             variables["batch_stats" if name in stats else "params"][name] = value
         with calling_plain():
-            return plain.apply(variables, x, use_running_average, **options)
+            y = plain.apply(variables, x, use_running_average, **options)
+        return cast(Array, y)
 
     description = describe_norm(plain, x, train=not inference)
     if not has_only(norm, norm_variables(norm)):

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from functools import cache
-from typing import cast
+from typing import TypeVar, cast
 
 import jax
 import jax.numpy as jnp
@@ -36,6 +36,7 @@ LAYERS = (nnx.Linear, nnx.LinearGeneral, nnx.Conv, nnx.ConvTranspose)
 NORMS = (nnx.BatchNorm, BatchNorm)
 WEIGHTS = {*LAYER_WEIGHTS, *NORM_WEIGHTS}
 PLACE = "jaxbn_place"
+Kind = TypeVar("Kind", bound=nnx.Module)
 
 
 def trace_model(
@@ -155,7 +156,7 @@ def _values(layer: nnx.Module) -> dict[str, Array]:
     return {name: variable[...] for name, variable in weights(layer).items()}
 
 
-def _plain_copy(layer: nnx.Module, kinds: Collection[type[nnx.Module]]) -> nnx.Module:
+def _plain_copy(layer: nnx.Module, kinds: Collection[type[Kind]]) -> Kind:
     """Return a layer with the same attributes of the first of `kinds` that it is."""
     kind = next(kind for kind in type(layer).__mro__ if kind in kinds)
     copy = object.__new__(kind)
