@@ -503,17 +503,9 @@ def nest(outer, inner):
 STACKED = {
     "alike": (lambda m, x: call_each(m.norm, call_each(m.linear, x)), 0, ""),
     "apart": (lambda m, x: call_each(m.norm, call_each(m.linear, x), 1), 1, APART),
-    "loop in loop": (
-        nest(loop_layers, loop_layers),
-        1,
-        "not stacked along the same axes",
-    ),
+    "loop in loop": (nest(loop_layers, loop_layers), 1, "has another use"),
     "vmap in vmap": (nest(map_layers, map_layers), 1, "in nested stacks"),
-    "scan in vmap": (
-        nest(map_layers, loop_layers),
-        1,
-        "not stacked along the same axes",
-    ),
+    "scan in vmap": (nest(map_layers, loop_layers), 1, "has another use"),
 }
 
 
