@@ -31,7 +31,7 @@ class Step(NamedTuple):
 LAYERS = {"dense": 5, "general": 1, "pointwise": 1, "circular": 1, "padded": 1}
 LAYERS |= {"depthwise": 1, "transposed": 1, "standardized": 1}
 OTHERS = {"relu": 2, "add": 2, "square": 1, "jit": 1}
-LIFTS = {"plain": 14, "vmap": 2, "stacked": 3, "scan": 3, "cond": 1, "remat": 2}
+LIFTS = {"plain": 28, "vmap": 4, "stacked": 6, "scan": 3, "cond": 1, "remat": 4}
 
 
 def choose(rng, weights):
