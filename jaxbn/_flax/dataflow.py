@@ -1,56 +1,90 @@
 """Where arrays go in a traced model: from each layer's output to each layer's input."""
 
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
 from jax.extend.core import Jaxpr, JaxprEqn, Literal, Var
 
 from .._core.axes import Axes
-from .marks import INPUT, OUTPUT, Mark, read_mark
+from .marks import INPUT, OUTPUT, PLAIN_INPUT, PLAIN_OUTPUT, Mark, read_mark, seen_axes
 from .paths import Path
 
 # Calls of a function: its arguments and results are those of the equation.
 CALLS = {
     *("jit", "pjit", "closed_call", "core_call", "checkpoint", "remat", "remat2"),
-    *("custom_jvp_call", "custom_vjp_call"),
+    *("custom_jvp_call", "custom_vjp_call", "RematTraced"),
 }
 Atom = Var | Literal
-IDENTITIES = {"name", "sharding_constraint"}
+IDENTITIES = {"name", "CheckpointName", "sharding_constraint"}
+VMAP = "vmap"  # where a stack is not one of a loop
+
+
+@dataclass(eq=False)
+class Call:
+    """A call of the layer at this path."""
+
+    path: str
 
 
 @dataclass(eq=False)
 class Value:
     """An array in the program, the same one wherever it is passed unchanged.
 
-    `source` is the layer that it is the output of, and `uses` has the layer that it is
-    an input of, or `None`, for each of its uses. `leaf` is the number of the model's
-    variable that it is, all of it or an element of a stack; `axes` has the variable's
-    axis for each axis, `scanned` the axes that loops run along, and `seen` the axes
-    that a layer's call sees, after `rev`.
+    `source` is the layer that it is the output of, `seen` the axes of it that this
+    layer's call sees, and `mapped` the number of the others. `uses` has the layer that
+    it is an input of, or `None`, for each of its uses, with the axes seen there. `leaf`
+    is the number of the model's variable that it is, all of it or an element of a
+    stack; `axes` has the variable's axis for each axis, and `stacks` the axes that
+    loops run along, each with its loop. `call` is the call that computes it, by the
+    `term`.
     """
 
     source: str | None = None
-    uses: list[str | None] = field(default_factory=list)
+    seen: Axes = ()
+    mapped: int = 0
+    uses: list[tuple[str | None, Axes]] = field(default_factory=list)
     leaf: int | None = None
     axes: Axes = ()
-    scanned: Axes = ()
-    seen: Axes | None = None
+    stacks: tuple[tuple[int, object], ...] = ()
+    call: Call | None = None
+    term: Hashable = None
+
+
+@dataclass(frozen=True)
+class Weight:
+    """A weight as a call sees it: which variable, which axes of it, and of its stacks.
+
+    A stack is an axis, and the loop or `VMAP` that runs along it.
+    """
+
+    leaf: int | None
+    seen: Axes
+    stacks: tuple[tuple[int, object], ...]
 
 
 @dataclass(eq=False)
 class Dataflow:
     """The inputs, outputs and weights of all layers, for each of their calls.
 
-    `elsewhere` has the variables that are used outside of all these calls; `calling` is
-    the layer whose call is being read.
+    `dtypes` has those of inputs and outputs. `computed` has the terms of a layer's
+    outputs, and `plain` those of the plain layer's. `elsewhere` has the variables that
+    are used outside of all calls, and `leaking` the layers with an array in a call
+    that is used outside of it; `calling` is the call that is being read.
     """
 
     inputs: dict[str, list[Value]] = field(default_factory=lambda: defaultdict(list))
     outputs: dict[str, list[Value]] = field(default_factory=lambda: defaultdict(list))
-    weights: dict[Mark, list[Value]] = field(default_factory=lambda: defaultdict(list))
+    weights: dict[Mark, set[Weight]] = field(default_factory=lambda: defaultdict(set))
+    dtypes: dict[Mark, set[np.dtype]] = field(default_factory=lambda: defaultdict(set))
+    computed: dict[str, set[Hashable]] = field(default_factory=lambda: defaultdict(set))
+    plain: dict[str, set[Hashable]] = field(default_factory=lambda: defaultdict(set))
     elsewhere: set[int] = field(default_factory=set)
-    calling: str | None = None
+    leaking: set[str] = field(default_factory=set)
+    calling: Call | None = None
+    terms: dict[Hashable, int] = field(default_factory=dict)
+    constants: dict[Var, Value] = field(default_factory=lambda: defaultdict(Value))
 
 
 def read_dataflow(
@@ -65,7 +99,7 @@ def read_dataflow(
     for leaf, var in enumerate(program.invars[: len(variables)]):
         inputs[leaf] = Value(leaf=leaf, axes=tuple(range(_rank(var))))
     outputs = _read(program, inputs, flow)
-    _use(outputs)
+    _use(outputs, flow)
     places = [None] * (len(outputs) - len(state)) + [*state]
     # A variable that stays in its own place in the state is not used by that.
     flow.elsewhere.update(
@@ -76,13 +110,15 @@ def read_dataflow(
     return flow
 
 
-def _use(values: Sequence[Value], layer: str | None = None) -> None:
+def _use(values: Sequence[Value], flow: Dataflow) -> None:
     for value in values:
-        value.uses.append(layer)
+        value.uses.append((None, ()))
+        if value.call is not None and value.call is not flow.calling:
+            flow.leaking.add(value.call.path)
 
 
 def _use_elsewhere(values: Sequence[Value], flow: Dataflow) -> None:
-    _use(values)
+    _use(values, flow)
     if flow.calling is None:
         flow.elsewhere.update(v.leaf for v in values if v.leaf is not None)
 
@@ -93,71 +129,124 @@ def _read(jaxpr: Jaxpr, inputs: Sequence[Value], flow: Dataflow) -> list[Value]:
     values = dict(zip(jaxpr.invars, inputs, strict=True))
 
     def read(atom: Atom) -> Value:
-        known = None if isinstance(atom, Literal) else values.get(atom)
-        return Value() if known is None else known
+        if isinstance(atom, Literal):
+            return Value(term=_term_of_literal(atom))
+        return values[atom] if atom in values else flow.constants[atom]
 
     for equation in _live_equations(jaxpr):
         operands = [read(atom) for atom in equation.invars]
         results = _read_equation(equation, operands, flow)
+        if flow.calling is not None and read_mark(equation) is None:
+            _name_results(equation, operands, results, flow)
         values.update(zip(equation.outvars, results, strict=True))
     return [read(atom) for atom in jaxpr.outvars]
 
 
 def _live_equations(jaxpr: Jaxpr) -> list[JaxprEqn]:
-    """Return the equations that the outputs depend on, and the marks of weights."""
+    """Return the equations that the outputs depend on, and the marks beside them."""
     needed = {atom for atom in jaxpr.outvars if isinstance(atom, Var)}
     live = []
     for equation in reversed(jaxpr.eqns):
-        marked = _mark_of(equation)
-        is_weight = marked is not None and marked.part not in {INPUT, OUTPUT}
-        if is_weight or equation.effects or not needed.isdisjoint(equation.outvars):
+        marked = read_mark(equation)
+        passed_on = {INPUT, OUTPUT, PLAIN_INPUT}
+        is_beside = marked is not None and marked.part not in passed_on
+        if is_beside or equation.effects or not needed.isdisjoint(equation.outvars):
             live.append(equation)
             needed.update(atom for atom in equation.invars if isinstance(atom, Var))
     return live[::-1]
 
 
-def _mark_of(equation: JaxprEqn) -> Mark | None:
-    is_name = equation.primitive.name == "name"
-    return read_mark(equation.params["name"]) if is_name else None
+def _name_results(
+    equation: JaxprEqn, operands: list[Value], results: list[Value], flow: Dataflow
+) -> None:
+    """Give the results within a call their terms: equal ones are computed alike."""
+    terms = [_term_of(value) for value in operands]
+    for i, value in enumerate(results):
+        if value.term is None and value not in operands:
+            term = (_name(equation), _options(equation), *terms, i)
+            value.term = flow.terms.setdefault(term, len(flow.terms))
+            value.call = flow.calling
+
+
+def _term_of(value: Value) -> Hashable:
+    return value if value.term is None else value.term
+
+
+def _term_of_literal(literal: Literal) -> Hashable:
+    value = np.asarray(literal.val)
+    return str(literal.aval), value.tobytes()
+
+
+def _options(equation: JaxprEqn) -> str:
+    """Write the parameters of an equation; programs in them are the same objects."""
+    known = {
+        name: id(value) if _has_program(value) else value
+        for name, value in equation.params.items()
+    }
+    return repr(sorted(known.items()))
+
+
+def _name(equation: JaxprEqn) -> str:
+    """Return the name of an equation's operation, of one in Python by its class."""
+    written_in_python = equation.params.get("_prim")
+    if written_in_python is not None:
+        return type(written_in_python).__name__
+    return equation.primitive.name
 
 
 def _read_equation(
     equation: JaxprEqn, operands: list[Value], flow: Dataflow
 ) -> list[Value]:
-    name, marked = equation.primitive.name, _mark_of(equation)
+    name, marked = _name(equation), read_mark(equation)
     if marked is not None:
-        return [_read_mark(marked, operands[0], flow)]
+        return [_read_mark(equation, marked, operands[0], flow)]
     if name in IDENTITIES:
         return operands
-    programs = [*_programs(equation)]
+    programs = [*_programs(equation.params)]
     if name in CALLS and len(programs) == 1:
         return _read(programs[0], operands, flow)
-    value = operands[0] if operands else Value()
-    if name in _MOVES and value.leaf is not None and value.seen is None:
-        return [_MOVES[name](value, equation)]
+    if name == "transpose" and operands[0].leaf is not None:
+        return [_transpose(operands[0], equation)]
     if name == "cond":
         return _read_cond(programs, operands, flow)
     if name == "scan":
         return _read_scan(equation, programs[0], operands, flow)
     for program in programs:
-        _use(_read(program, [Value() for _ in program.invars], flow))
+        _use(_read(program, [Value() for _ in program.invars], flow), flow)
     _use_elsewhere(operands, flow)
     return [Value() for _ in equation.outvars]
 
 
-def _read_mark(marked: Mark, value: Value, flow: Dataflow) -> Value:
-    if marked.part == INPUT:
-        flow.calling = marked.path
-        flow.inputs[marked.path].append(value)
-        _use([value], marked.path)
-        return Value()
+def _read_mark(equation: JaxprEqn, marked: Mark, value: Value, flow: Dataflow) -> Value:
+    (result,), axes = equation.outvars, seen_axes(equation)
+    if marked.part in {INPUT, PLAIN_INPUT}:
+        flow.calling = Call(marked.path)
+        if marked.part == INPUT:
+            flow.inputs[marked.path].append(value)
+            flow.dtypes[marked].add(_dtype(result))
+            value.uses.append((marked.path, axes))
+        return Value(term=INPUT, call=flow.calling)
     if marked.part == OUTPUT:
         flow.calling = None
-        output = Value(source=marked.path)
+        flow.computed[marked.path].add(_term_of(value))
+        flow.dtypes[marked].add(_dtype(result))
+        output = Value(marked.path, axes, _rank(result) - len(axes))
         flow.outputs[marked.path].append(output)
         return output
-    flow.weights[marked].append(value)
+    if marked.part == PLAIN_OUTPUT:
+        flow.calling = None
+        flow.plain[marked.path].add(_term_of(value))
+    else:
+        flow.weights[marked].add(_weight(value, axes))
     return Value()
+
+
+def _weight(value: Value, axes: Axes) -> Weight:
+    if value.leaf is None:
+        return Weight(None, (), ())
+    seen = tuple(value.axes[a] for a in axes)
+    mapped = tuple((a, VMAP) for a in value.axes if a not in seen)
+    return Weight(value.leaf, seen, value.stacks + mapped)
 
 
 def _read_cond(
@@ -185,8 +274,8 @@ def _read_scan(
     constants = _count_same_rank(equation.invars, program.invars) - carried
     carry = operands[constants : constants + carried]
     stacked = operands[constants + carried :]
-    elements = [_scan(value) for value in stacked]
-    _use(operands)
+    elements = [_scan(value, equation) for value in stacked]
+    _use(operands, flow)
     lost = [v for v, e in zip(stacked, elements, strict=True) if e.leaf is None]
     _use_elsewhere(carry + lost, flow)
     inputs = [*operands[:constants], *(Value() for _ in carry), *elements]
@@ -201,10 +290,10 @@ def _stack(value: Value, elements: Sequence[Value], flow: Dataflow) -> Value:
 
     nnx returns all variables of a module from a loop over it.
     """
-    known = {(e.leaf, e.scanned) for e in elements if e.leaf is not None}
-    if value.seen is None and (value.leaf, value.scanned) in known:
-        *scanned, first = value.scanned
-        return _variable(value, (first, *value.axes), tuple(scanned))
+    known = {(e.leaf, e.stacks) for e in elements if e.leaf is not None}
+    if (value.leaf, value.stacks) in known:
+        *stacks, (first, _) = value.stacks
+        return _variable(value, (first, *value.axes), tuple(stacks))
     _use_elsewhere([value], flow)
     return Value()
 
@@ -218,35 +307,37 @@ def _rank(atom: Atom) -> int:
     return len(getattr(atom.aval, "shape", ()))
 
 
-def _scan(value: Value) -> Value:
-    if value.leaf is None or value.seen is not None:
+def _dtype(atom: Atom) -> np.dtype:
+    return np.dtype(getattr(atom.aval, "dtype", None))
+
+
+def _scan(value: Value, loop: JaxprEqn) -> Value:
+    if value.leaf is None:
         return Value()
     first, *rest = value.axes
-    return _variable(value, tuple(rest), (*value.scanned, first))
+    return _variable(value, tuple(rest), (*value.stacks, (first, loop)))
 
 
 def _transpose(value: Value, equation: JaxprEqn) -> Value:
     order = equation.params["permutation"]
-    return _variable(value, tuple(value.axes[a] for a in order), value.scanned)
-
-
-def _rev(value: Value, equation: JaxprEqn) -> Value:
-    seen = tuple(value.axes[a] for a in equation.params["dimensions"])
-    return _variable(value, value.axes, value.scanned, seen)
+    return _variable(value, tuple(value.axes[a] for a in order), value.stacks)
 
 
 def _variable(
-    value: Value, axes: Axes, scanned: Axes, seen: Axes | None = None
+    value: Value, axes: Axes, stacks: tuple[tuple[int, object], ...]
 ) -> Value:
-    return Value(leaf=value.leaf, axes=axes, scanned=scanned, seen=seen)
+    return Value(leaf=value.leaf, axes=axes, stacks=stacks)
 
 
-_MOVES = {"transpose": _transpose, "rev": _rev}
-
-
-def _programs(equation: JaxprEqn) -> Iterator[Jaxpr]:
-    for param in equation.params.values():
+def _programs(params: dict[str, object]) -> Iterator[Jaxpr]:
+    for param in params.values():
         for value in param if isinstance(param, tuple | list) else (param,):
             program = getattr(value, "jaxpr", value)
             if isinstance(program, Jaxpr):
                 yield program
+            elif isinstance(inner := getattr(value, "params", None), dict):
+                yield from _programs(inner)
+
+
+def _has_program(param: object) -> bool:
+    return any(True for _ in _programs({"": param}))

@@ -15,13 +15,13 @@ class Linear(NamedTuple):
     `outputs`: the kernel's axes of the last axes of y, in the order of y.
     `inputs`: the kernel's axis for each feature axis of x; all axes are negative.
     `obstacle`: why no batch norm before the layer can be folded into it.
-    `custom`: the option with a function of the user, which may not be linear.
+    `refusal`: why no batch norm at all can be folded into it.
     """
 
     outputs: Axes
     inputs: tuple[tuple[int, int], ...]
     obstacle: str = ""
-    custom: str = ""
+    refusal: str = ""
 
 
 DENSE = Linear(outputs=(-1,), inputs=((-1, -2),))
@@ -31,12 +31,12 @@ OPTIONS = ("dot_general", "conv_general_dilated", "promote_dtype")
 OPTIONS += ("dot_general_cls", "conv_general_dilated_cls")
 
 
-def custom_option(layer: object) -> str:
-    """Return the option with a function of the user, of a layer or batch norm."""
+def describe_functions(layer: object) -> str:
+    """Return the refusal of a layer or batch norm with a function of the user."""
     for option in OPTIONS:
         function = getattr(layer, option, None)
         if function is not None and not _is_default(function, option):
-            return option
+            return f"has a {option} of its own, which may not be linear"
     return ""
 
 

@@ -1,48 +1,56 @@
 """Which batch norms of a traced model can be folded, into which layers, and why not."""
 
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple, TypeVar
 
+import numpy as np
+
 from .._core.axes import Axes
-from .dataflow import Dataflow, Value
+from .._core.dtypes import accumulation_dtype
+from .dataflow import VMAP, Dataflow, Value, Weight
 from .linear import Linear
-from .marks import Mark
+from .marks import INPUT, OUTPUT, Mark
+from .plain import PlainCall
 
 LAYER_WEIGHTS = ("kernel", "bias")
 NORM_WEIGHTS = ("scale", "bias", "mean", "var")
-Call = TypeVar("Call")
+Options = TypeVar("Options")
+Stacks = dict[Mark, int | None]
 
 
 class Norm(NamedTuple):
     """A call of a batch norm: its feature axes from the end, ascending.
 
-    `epsilon` is `None` if it is computed in the call; `custom` as in `Linear`.
+    `epsilon` is `None` if it is computed in the call; `refusal` as in `Linear`.
     """
 
     axes: Axes
     epsilon: float | None
     train: bool
-    custom: str = ""
+    refusal: str = ""
 
 
 class Trace(NamedTuple):
     """The calls of all layers and batch norms by path, and the variables they read.
 
-    `variables` has the number of each weight among the model's variables, which have
-    these `shapes`.
+    `plain` has the plain layer for each call of a layer. `variables` has the number of
+    each weight among the model's variables, which have these `dtypes`.
     """
 
     flow: Dataflow
     layers: Mapping[str, Collection[Linear]]
     norms: Mapping[str, Collection[Norm]]
+    plain: Mapping[str, Sequence[PlainCall]]
     variables: Mapping[Mark, int]
-    shapes: list[tuple[int, ...]]
+    dtypes: list[np.dtype]
 
 
 class Fold(NamedTuple):
     """A batch norm, the layer to fold it into, and the options of `jaxbn.fold`.
 
-    `stacks` has the axes of each weight along which layers are stacked.
+    `stacks` has the axis of each weight along which layers are stacked, if they are.
+    The layer then returns `returned`, with a kernel and bias that are cast to `dtype`,
+    if it is not `None`.
     """
 
     layer: str
@@ -50,7 +58,9 @@ class Fold(NamedTuple):
     epsilon: float
     axis: Axes
     input_axis: Axes | None
-    stacks: dict[Mark, Axes]
+    stacks: Stacks
+    dtype: np.dtype | None
+    returned: np.dtype
 
 
 class NotFoldableError(ValueError):
@@ -67,7 +77,22 @@ def choose_folds(
         folds += found[0] if found else []
         if not found:
             reasons[norm] = why_not
+    for norm in _mixed_dtypes(folds):
+        folds = [fold for fold in folds if fold.norm != norm]
+        reasons[norm] = "the layer after it includes a batch norm of another dtype"
     return folds, reasons
+
+
+def _mixed_dtypes(folds: Sequence[Fold]) -> list[str]:
+    """Return the norms before layers that also include one of another dtype."""
+    after = {fold.layer: fold for fold in folds if fold.input_axis is None}
+    before = [f for f in folds if f.input_axis is not None and f.layer in after]
+
+    def dtypes(fold: Fold) -> tuple[np.dtype | None, np.dtype]:
+        return fold.dtype, fold.returned
+
+    mixed = [fold.norm for fold in before if dtypes(fold) != dtypes(after[fold.layer])]
+    return [*dict.fromkeys(mixed)]
 
 
 def check_pairs(trace: Trace, pairs: Iterable[tuple[str, str]]) -> list[Fold]:
@@ -127,18 +152,16 @@ def _check_norm(trace: Trace, norm: str) -> Norm:
         )
     if call.epsilon is None:
         raise NotFoldableError("its epsilon is computed in the call")
-    _check_linear(call, norm)
+    _check_options(call, norm)
     return call
 
 
-def _check_linear(call: Norm | Linear, path: str) -> None:
-    if call.custom:
-        raise NotFoldableError(
-            f"{path!r} has a {call.custom} of its own, which may not be linear"
-        )
+def _check_options(call: Norm | Linear, path: str) -> None:
+    if call.refusal:
+        raise NotFoldableError(f"{path!r} {call.refusal}")
 
 
-def _only(calls: Collection[Call], path: str) -> Call:
+def _only(calls: Collection[Options], path: str) -> Options:
     if len(calls) > 1:
         raise NotFoldableError(f"the calls of {path!r} differ in their options")
     (call,) = calls
@@ -153,10 +176,11 @@ def _fold_after(trace: Trace, norm: str, call: Norm) -> list[Fold]:
 
     def axes(layer: str, linear: Linear) -> tuple[Axes, None]:
         outputs = trace.flow.outputs[layer]
-        if any(use != norm for value in outputs for use in value.uses):
+        if any(use != norm for value in outputs for use, _ in value.uses):
             raise NotFoldableError(
                 f"the output of {layer!r}, the layer before it, has another use"
             )
+        _check_same_view(outputs, layer)
         last = len(call.axes)
         if call.axes != tuple(range(-last, 0)) or last > len(linear.outputs):
             raise NotFoldableError(
@@ -170,7 +194,7 @@ def _fold_after(trace: Trace, norm: str, call: Norm) -> list[Fold]:
 def _fold_before(trace: Trace, norm: str, call: Norm) -> list[Fold]:
     """Return the folds of a norm into the layers after it."""
     outputs = trace.flow.outputs[norm]
-    layers = {use for value in outputs for use in value.uses}
+    layers = {use for value in outputs for use, _ in value.uses}
     if not layers or not layers <= trace.layers.keys():
         raise NotFoldableError("its output is not the input of a linear layer alone")
 
@@ -179,6 +203,7 @@ def _fold_before(trace: Trace, norm: str, call: Norm) -> list[Fold]:
             raise NotFoldableError(
                 f"{layer!r}, after it, is called on other arrays too"
             )
+        _check_same_view(outputs, layer)
         if linear.obstacle:
             raise NotFoldableError(f"{layer!r}, the layer after it, {linear.obstacle}")
         inputs = dict(linear.inputs)
@@ -191,6 +216,14 @@ def _fold_before(trace: Trace, norm: str, call: Norm) -> list[Fold]:
     return _folds(trace, norm, call, {str(layer) for layer in layers}, axes)
 
 
+def _check_same_view(values: Iterable[Value], layer: str) -> None:
+    """Check that both calls see the same axes of the array between them."""
+    if any(seen != value.seen for value in values for _, seen in value.uses):
+        raise NotFoldableError(
+            f"it and {layer!r} are mapped along different axes of the array between"
+        )
+
+
 def _folds(
     trace: Trace,
     norm: str,
@@ -201,10 +234,14 @@ def _folds(
     folds = []
     for layer in sorted(map(str, layers)):
         linear = _only(trace.layers[layer], layer)
-        along = axes(layer, linear)
-        _check_linear(linear, layer)
-        stacks = _stacks(trace, layer, norm)
-        folds.append(Fold(layer, norm, call.epsilon or 0.0, *along, stacks))
+        axis, input_axis = axes(layer, linear)
+        _check_options(linear, layer)
+        stacks = find_stacks(trace.flow, trace.variables, layer, norm)
+        _check_computation(trace.flow, layer)
+        _check_computation(trace.flow, norm)
+        dtypes = _find_dtypes(trace, layer, norm, stacks, after=input_axis is None)
+        epsilon = call.epsilon or 0.0
+        folds.append(Fold(layer, norm, epsilon, axis, input_axis, stacks, *dtypes))
     return folds
 
 
@@ -212,41 +249,93 @@ def _sources(values: Iterable[Value]) -> set[str | None]:
     return {value.source for value in values}
 
 
-def _stacks(trace: Trace, layer: str, norm: str) -> dict[Mark, Axes]:
-    """Return the axes of each weight along which the layers are stacked."""
+def _check_computation(flow: Dataflow, path: str) -> None:
+    """Check that the calls compute what the plain layer does with the variables."""
+    if not flow.computed[path] <= flow.plain[path]:
+        raise NotFoldableError(
+            f"{path!r} computes something else than Flax's layer does with its "
+            "variables"
+        )
+    if path in flow.leaking:
+        raise NotFoldableError(f"an array in the call of {path!r} is used outside")
+
+
+def _find_dtypes(
+    trace: Trace, layer: str, norm: str, stacks: Iterable[Mark], after: bool
+) -> tuple[np.dtype | None, np.dtype]:
+    """Return the dtype to cast the new weights to, and the dtype of the output then."""
+    dtypes = trace.flow.dtypes
+    returned = _only_dtype(dtypes[Mark(OUTPUT, norm if after else layer)], norm)
+    x = _only_dtype(dtypes[Mark(INPUT, layer if after else norm)], norm)
+    weights = [trace.dtypes[trace.variables[mark]] for mark in stacks]
+    # As in `jaxbn.fold`: a dtype below 16 bits widens nothing.
+    wide = accumulation_dtype(*(d for d in weights if d.itemsize > 1))
+    own = trace.dtypes[trace.variables[Mark("kernel", layer)]]
+    for dtype in (None, own):
+        cast = wide if dtype is None else dtype
+        outputs = {call.output_dtype(x, cast) for call in trace.plain[layer]}
+        if outputs == {returned}:
+            return dtype, returned
+    raise NotFoldableError(
+        f"with it, {layer!r} would return {_quote(map(str, outputs))}, and the model "
+        f"goes on with {returned}; give both layers the same dtype"
+    )
+
+
+def _only_dtype(dtypes: Collection[np.dtype], norm: str) -> np.dtype:
+    if len(dtypes) > 1:
+        raise NotFoldableError(f"the calls of {norm!r} differ in their dtypes")
+    (dtype,) = dtypes
+    return dtype
+
+
+def find_stacks(
+    flow: Dataflow, variables: Mapping[Mark, int], layer: str, norm: str
+) -> Stacks:
+    """Return the axis of each weight along which the layers are stacked, if any is."""
     marks = [Mark(name, layer) for name in LAYER_WEIGHTS]
     marks += [Mark(name, norm) for name in NORM_WEIGHTS]
-    calls = [(mark, value) for mark in marks for value in trace.flow.weights[mark]]
-    scanned = {mark: _check_weight(trace, mark, value) for mark, value in calls}
-    mapped = {mark: _mapped_axes(value) for mark, value in calls}
-    stacks = {mark: scanned[mark] + mapped[mark] for mark in scanned}
-    sizes = {
-        tuple(trace.shapes[trace.variables[mark]][a] for a in axes)
-        for mark, axes in stacks.items()
-    }
-    orders = {axes for axes in mapped.values() if len(axes) > 1}
-    if len(sizes) > 1 or len(orders) > 1:
+    seen = {mark: flow.weights[mark] for mark in marks if flow.weights[mark]}
+    for mark, weights in seen.items():
+        for weight in weights:
+            _check_weight(flow, variables, mark, weight)
+    stacks = {w.stacks for weights in seen.values() for w in weights}
+    if any(len(stack) > 1 for stack in stacks):
+        raise NotFoldableError(_NESTED.format(layer))
+    loops = {frozenset(_loops(weights)) for weights in seen.values()}
+    axes = {mark: {_axis(w.stacks) for w in weights} for mark, weights in seen.items()}
+    if len(loops) > 1 or any(len(of_weight) > 1 for of_weight in axes.values()):
         raise NotFoldableError(f"it is not stacked along the same axes as {layer!r}")
-    return stacks
+    outputs = [*flow.outputs[layer], *flow.outputs[norm]]
+    if (VMAP,) in next(iter(loops)) and any(y.mapped != 1 for y in outputs):
+        raise NotFoldableError(_NESTED.format(layer))
+    return {mark: axis for mark, (axis,) in axes.items()}
 
 
-def _check_weight(trace: Trace, mark: Mark, value: Value) -> Axes:
-    """Return the axes of a variable that loops run along, if it is the model's own."""
-    seen, leaf = value.seen, value.leaf
-    if seen is None or leaf is None or leaf != trace.variables.get(mark):
+_NESTED = "it or {!r} is in nested stacks, which are not folded: one in the other"
+
+
+def _loops(weights: Iterable[Weight]) -> Iterator[tuple[object, ...]]:
+    """Yield the loops, or `VMAP`, that run along the stacks of a weight's calls."""
+    return (tuple(loop for _, loop in weight.stacks) for weight in weights)
+
+
+def _axis(stacks: tuple[tuple[int, object], ...]) -> int | None:
+    return next((axis for axis, _ in stacks), None)
+
+
+def _check_weight(
+    flow: Dataflow, variables: Mapping[Mark, int], mark: Mark, weight: Weight
+) -> None:
+    """Check that a weight is a variable of the model itself."""
+    if weight.leaf is None or weight.leaf != variables.get(mark):
         raise NotFoldableError(
             f"the {mark.part} of {mark.path!r} is computed in the call, and not a "
             "variable of the model itself"
         )
-    if leaf in trace.flow.elsewhere:
+    if weight.leaf in flow.elsewhere:
         raise NotFoldableError(
             f"the {mark.part} of {mark.path!r} is used outside of its calls"
         )
-    if seen != tuple(sorted(seen)):
+    if weight.seen != tuple(sorted(weight.seen)):
         raise NotFoldableError(f"the {mark.part} of {mark.path!r} is transposed")
-    return value.scanned
-
-
-def _mapped_axes(value: Value) -> Axes:
-    """Return the axes of a variable that `vmap` runs along."""
-    return tuple(a for a in value.axes if a not in (value.seen or ()))

@@ -1,14 +1,14 @@
 """Paths of layers in a model: tuples, written as strings with "/" or "."."""
 
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Hashable
 from typing import TypeVar
 
 Path = tuple[str | int, ...]
 PathKey = TypeVar("PathKey", bound=str | Path)  # the keys of a Mapping are invariant
 
 
-def join(path: Path) -> str:
+def join(path: tuple[Hashable, ...]) -> str:
     """Write a path as a string: ("blocks", 0) as "blocks/0"."""
     return "/".join(map(str, path))
 

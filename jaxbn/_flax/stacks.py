@@ -7,7 +7,6 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
-from .._core.axes import Axes
 from .._core.variables import AnyParams, BatchNormParams, BatchNormState
 from .._inference.affine import check_variance
 from .._inference.folding import fold as fold_layer
@@ -31,17 +30,16 @@ def fold_stacks(
     `shape_bias` brings the bias of one layer to the shape that it must have.
     """
     stack = fold.stacks[Mark("kernel", fold.layer)]
-    known = fold.stacks.get(Mark("bias", fold.layer))
-    fold_each = _fold_one(fold, shape_bias)
-    for _ in stack:
-        fold_each = jax.vmap(fold_each)
-    kernel = _to_front(jnp.asarray(kernel), stack)
-    if bias is not None:
-        bias = jnp.asarray(bias)
-        bias = _to_front(bias, known or _bias_stack(stack, bias.ndim))
-    kernel, new_bias = fold_each(kernel, bias, *_norm_variables(fold, norm))
-    back = known or _bias_stack(stack, new_bias.ndim)
-    return _from_front(kernel, stack), _from_front(new_bias, back)
+    params, state = _norm_variables(fold, norm)
+    layer = jnp.asarray(kernel), None if bias is None else jnp.asarray(bias)
+    fold_one = _fold_one(fold, shape_bias)
+    if stack is None:
+        return fold_one(*layer, params, state)
+    bias_stack = fold.stacks.get(Mark("bias", fold.layer)) or stack
+    bias_axis = None if bias is None else _bias_axis(bias_stack, jnp.ndim(bias))
+    fold_each = jax.vmap(fold_one, (stack, bias_axis, 0, 0), (stack, 0))
+    kernel, new_bias = fold_each(*layer, params, state)
+    return kernel, jnp.moveaxis(new_bias, 0, _bias_axis(bias_stack, new_bias.ndim))
 
 
 def _fold_one(fold: Fold, shape_bias: Callable[[Array], Array]) -> FoldLayer:
@@ -57,7 +55,8 @@ def _fold_one(fold: Fold, shape_bias: Callable[[Array], Array]) -> FoldLayer:
             axis=fold.axis,
             input_axis=fold.input_axis,
         )
-        return kernel, shape_bias(bias)
+        dtype = kernel.dtype if fold.dtype is None else fold.dtype
+        return kernel.astype(dtype), shape_bias(bias).astype(dtype)
 
     return fold_one
 
@@ -65,31 +64,22 @@ def _fold_one(fold: Fold, shape_bias: Callable[[Array], Array]) -> FoldLayer:
 def _norm_variables(
     fold: Fold, norm: Mapping[str, ArrayLike]
 ) -> tuple[AnyParams, BatchNormState]:
-    """Return a batch norm's variables with the stacked axes first."""
+    """Return a batch norm's variables with the stacked axis first."""
     stacked = {
-        name: _to_front(jnp.asarray(value), fold.stacks[Mark(name, fold.norm)])
+        name: jnp.moveaxis(
+            jnp.asarray(value), fold.stacks[Mark(name, fold.norm)] or 0, 0
+        )
         for name, value in norm.items()
     }
     mean, var = stacked["mean"], stacked["var"]
     # Not the moved array: under jit or vmap its values are not known.
     check_variance(norm["var"], fold.epsilon)
-    count = jnp.zeros(mean.shape[: len(fold.stacks[Mark("mean", fold.norm)])])
+    stack = fold.stacks[Mark("mean", fold.norm)]
+    count = jnp.zeros(mean.shape[: 0 if stack is None else 1])
     params = BatchNormParams(stacked.get("scale"), stacked.get("bias"))
     return params, BatchNormState(mean, var, count)
 
 
-def _bias_stack(stack: Axes, ndim: int) -> Axes:
-    """Return the stacked axes of a new bias, by the stacked axes of its kernel."""
-    axes: dict[int, int] = {}
-    # From the last: axes that count from the end are among the fewer axes of a bias.
-    for a in sorted(stack, reverse=True):
-        axes[a] = min(a, ndim - 1 - len(axes))
-    return tuple(axes[a] for a in stack)
-
-
-def _to_front(array: Array, stack: Axes) -> Array:
-    return jnp.moveaxis(array, stack, range(len(stack)))
-
-
-def _from_front(array: Array, stack: Axes) -> Array:
-    return jnp.moveaxis(array, range(len(stack)), stack)
+def _bias_axis(stack: int, ndim: int) -> int:
+    """Return the stacked axis of a bias, by its kernel's, which has more axes."""
+    return min(stack, ndim - 1)

@@ -1,7 +1,7 @@
 """One abstract call of a model, and the calls of its layers within it."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 
 import jax
@@ -15,10 +15,11 @@ from jax.typing import ArrayLike
 from jaxtyping import PyTree
 
 from .layer import Layer
-from .linear import Linear, custom_option
-from .marks import INPUT, OUTPUT, mark, mark_weights
+from .linear import Linear, describe_functions
+from .marks import INPUT, OUTPUT, PLAIN_INPUT, PLAIN_OUTPUT, mark
 from .pairs import Norm
 from .paths import Path
+from .plain import PlainCall, Weights, describe_call
 
 ARRAYS = (jax.Array, np.ndarray, jax.ShapeDtypeStruct)
 
@@ -29,22 +30,30 @@ class Recorder:
 
     layers: dict[str, set[Linear]] = field(default_factory=dict)
     norms: dict[str, set[Norm]] = field(default_factory=dict)
+    plain: dict[str, list[PlainCall]] = field(default_factory=dict)
 
     def call(
         self,
         path: str,
         call: Callable[[Array], Array],
         x: ArrayLike,
-        weights: Mapping[str, Array],
+        weights: Weights,
+        plain: Callable[[ArrayLike, Weights], Array],
         description: Linear | Norm,
     ) -> Array:
-        """Call a linear layer or a batch norm, marked."""
+        """Call a layer or batch norm, marked, and the plain layer beside it."""
         if isinstance(description, Linear):
             self.layers.setdefault(path, set()).add(description)
+            self.plain.setdefault(path, []).append(describe_call(plain, x, weights))
         else:
             self.norms.setdefault(path, set()).add(description)
-        mark_weights(weights, path)
-        return mark(call(mark(x, INPUT, path)), OUTPUT, path)
+        for name, value in weights.items():
+            mark(value, name, path)
+        y = mark(call(mark(x, INPUT, path)), OUTPUT, path)
+        # Without it nothing shows that the layer can be folded.
+        with suppress(Exception):
+            mark(plain(mark(x, PLAIN_INPUT, path), weights), PLAIN_OUTPUT, path)
+        return y
 
 
 def describe_norm(layer: Layer, x: ArrayLike, train: bool) -> Norm:
@@ -52,7 +61,7 @@ def describe_norm(layer: Layer, x: ArrayLike, train: bool) -> Norm:
     ndim, epsilon = jnp.ndim(x), layer.epsilon
     axes = tuple(sorted(int(a) % ndim - ndim for a in np.atleast_1d(layer.axis)))
     known = None if isinstance(epsilon, Tracer) else float(epsilon)  # pyright: ignore[reportArgumentType]
-    return Norm(axes, known, train, custom_option(layer))
+    return Norm(axes, known, train, describe_functions(layer))
 
 
 def trace_call(
@@ -81,7 +90,9 @@ def trace_call(
 
 def names(keys: KeyPath) -> Path:
     """Return the names in a path of `jax.tree`, without the attributes of boxes."""
-    return tuple(key.key for key in keys if isinstance(key, DictKey))
+    found = [key.key for key in keys if isinstance(key, DictKey)]
+    # nnx's SpectralNorm and WeightNorm have dicts whose keys are tuples.
+    return tuple(k if isinstance(k, str | int) else str(k) for k in found)
 
 
 @contextmanager

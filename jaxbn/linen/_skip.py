@@ -1,7 +1,8 @@
 """The original linen model with the variables that `fold` returns."""
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
+from dataclasses import fields
 from functools import partial
 
 import jax
@@ -10,6 +11,8 @@ from jax import Array
 from jax.typing import ArrayLike
 from jaxtyping import PyTree
 
+from .._core.variables import BatchNormParams, BatchNormState
+from .._flax.pairs import LAYER_WEIGHTS
 from .._flax.paths import join
 from ._batch_norm import BatchNorm
 from ._bridge import intercept_bridges
@@ -91,7 +94,48 @@ def _skip_norm(
 
 def is_folded(norm: nn.Module) -> bool:
     """Return whether a batch norm has no variables."""
-    return not norm.is_initializing() and not norm.has_variable("batch_stats", "var")
+    return not norm.is_initializing() and not _variables(norm) & norm_variables(norm)
+
+
+def norm_variables(norm: nn.Module) -> set[str]:
+    """Return the names of all variables that a batch norm may have."""
+    unused = {"scale"} if not norm.use_scale else set[str]()
+    unused |= {"bias"} if not norm.use_bias else set[str]()
+    return {*BatchNormParams._fields, *BatchNormState._fields} - unused
+
+
+def _variables(module: nn.Module) -> set[str]:
+    return {name for collection in module.variables.values() for name in collection}
+
+
+def has_only(module: nn.Module, names: Collection[str]) -> bool:
+    """Return whether a module has no variables but these, nor shares its scope."""
+    scope, parent = module.scope, getattr(module.parent, "scope", None)
+    shared = scope is None or scope.name != module.name or scope is parent
+    return not shared and _variables(module) <= {*names}
+
+
+def may_gain_bias(layer: nn.Module) -> bool:
+    """Return whether a bias of a layer with `use_bias=False` can only be of `fold`.
+
+    A class with code of its own, or a module that shares the layer's variables, may
+    have another one of this name.
+    """
+    kinds = type(layer).__mro__
+    derived = kinds[: next(i for i, kind in enumerate(kinds) if kind in LAYERS)]
+    names = {field.name for field in fields(layer)}
+    has_code = any(_has_code(kind, names) for kind in derived)
+    return not has_code and has_only(layer, LAYER_WEIGHTS)
+
+
+def _has_code(kind: type, options: Collection[str]) -> bool:
+    """Return whether a class has methods or properties that no option's default is."""
+    own = {name: value for name, value in vars(kind).items() if name not in options}
+    return "__call__" in own or any(
+        callable(value) or isinstance(value, property)
+        for name, value in own.items()
+        if not name.startswith("_")
+    )
 
 
 def _add_bias(
@@ -103,9 +147,13 @@ def _add_bias(
 ) -> Array:
     """Add the bias that `fold` gave to a layer without one."""
     y = next_call(*args, **kwargs)
-    if _tracing.value != in_trace or layer.use_bias:
+    if _tracing.value != in_trace or layer.use_bias or not may_gain_bias(layer):
         return y
-    if not layer.has_variable("params", "bias"):
+    return add_bias(y, layer.get_variable("params", "bias"))
+
+
+def add_bias(y: Array, bias: Array | None) -> Array:
+    """Add a bias, if there is one, in the dtype of `y`."""
+    if bias is None:
         return y
-    bias = layer.get_variable("params", "bias").astype(y.dtype)
-    return y + bias.reshape((1,) * (y.ndim - bias.ndim) + bias.shape)
+    return y + bias.astype(y.dtype).reshape((1,) * (y.ndim - bias.ndim) + bias.shape)

@@ -1,11 +1,13 @@
 """The layers and batch norms that a linen model calls, and how they are connected."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from typing import cast
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 from flax.core import meta
 from jax import Array
@@ -16,23 +18,34 @@ from .._flax.dataflow import read_dataflow
 from .._flax.linear import (
     DENSE,
     Linear,
-    custom_option,
     describe_convolution,
+    describe_functions,
     describe_general,
     describe_transposed,
 )
 from .._flax.marks import Mark
 from .._flax.pairs import LAYER_WEIGHTS, Trace
 from .._flax.paths import Path, join
+from .._flax.plain import Weights
 from .._flax.tracing import Recorder, describe_norm, names, trace_call
 from ._bridge import intercept_bridges
-from ._intercept import NextCall, intercept_calls
+from ._intercept import NextCall, calling_plain, intercept_calls, plain_copy
 from ._population import measuring
-from ._skip import LAYERS, NORMS, is_folded, skip_in_trace
+from ._skip import (
+    LAYERS,
+    NORMS,
+    add_bias,
+    has_only,
+    is_folded,
+    may_gain_bias,
+    norm_variables,
+    skip_in_trace,
+)
 from ._tree import Variables
 
-WEIGHTS = [("params", name) for name in (*LAYER_WEIGHTS, "scale")]
-WEIGHTS += [("batch_stats", name) for name in ("mean", "var")]
+STATISTICS = ("mean", "var")
+WEIGHTS = {("params", name) for name in (*LAYER_WEIGHTS, "scale")}
+WEIGHTS |= {("batch_stats", name) for name in STATISTICS}
 
 
 def trace_model(
@@ -59,8 +72,9 @@ def trace_model(
         read_dataflow(program, paths, state),
         recorder.layers,
         recorder.norms,
+        recorder.plain,
         _weights_by_path(paths),
-        [jnp.shape(leaf) for leaf in leaves],
+        [np.dtype(leaf.dtype) for leaf in leaves],
     )
     return trace, of_nnx
 
@@ -100,13 +114,28 @@ def _call_layer(
     inputs: ArrayLike,
     **options: PyTree,
 ) -> Array:
+    plain = plain_copy(layer, LAYERS)
+
+    def call_plain(x: ArrayLike, weights: Weights) -> Array:
+        own = {n: w for n, w in weights.items() if n == "kernel" or plain.use_bias}
+        with calling_plain():
+            y = cast(Array, plain.apply({"params": own}, x, **options))
+        return y if plain.use_bias else add_bias(y, weights.get("bias"))
+
     return recorder.call(
         _path(layer),
         partial(next_call, **options),
         inputs,
-        _weights(layer),
-        _describe(layer, jnp.ndim(inputs))._replace(custom=custom_option(layer)),
+        _weights(layer, "params", LAYER_WEIGHTS),
+        call_plain,
+        _describe(plain, jnp.ndim(inputs))._replace(refusal=_refusal(layer)),
     )
+
+
+def _refusal(layer: nn.Module) -> str:
+    if layer.use_bias or may_gain_bias(layer):
+        return describe_functions(layer)
+    return "has no bias, but code or variables of its own, which may have one"
 
 
 def _call_norm(
@@ -122,12 +151,28 @@ def _call_norm(
     inference = nn.merge_param(
         "use_running_average", norm.use_running_average, use_running_average
     )
+    plain = plain_copy(norm, NORMS)
+    stats = _weights(norm, "batch_stats", STATISTICS)
+
+    def call_plain(x: ArrayLike, weights: Weights) -> Array:
+        variables: dict[str, dict[str, Array]] = {"params": {}, "batch_stats": {}}
+        for name, value in weights.items():
+            variables["batch_stats" if name in stats else "params"][name] = value
+        with calling_plain():
+            y = plain.apply(variables, x, use_running_average, **options)
+        return cast(Array, y)
+
+    description = describe_norm(plain, x, train=not inference)
+    if not has_only(norm, norm_variables(norm)):
+        refusal = "has other variables than a batch norm's"
+        description = description._replace(refusal=refusal)
     return recorder.call(
         _path(norm),
         partial(next_call, use_running_average=use_running_average, **options),
         x,
-        _weights(norm),
-        describe_norm(norm, x, train=not inference),
+        _weights(norm, "params", ("scale", "bias")) | stats,
+        call_plain,
+        description,
     )
 
 
@@ -136,11 +181,10 @@ def _path(layer: nn.Module) -> str:
     return join(layer.path if layer.scope is None else layer.scope.path)
 
 
-def _weights(layer: nn.Module) -> dict[str, Array]:
-    found = {
-        name: meta.unbox(layer.get_variable(collection, name))
-        for collection, name in WEIGHTS
-    }
+def _weights(
+    layer: nn.Module, collection: str, names: Iterable[str]
+) -> dict[str, Array]:
+    found = {name: meta.unbox(layer.get_variable(collection, name)) for name in names}
     return {name: value for name, value in found.items() if value is not None}
 
 

@@ -1,12 +1,13 @@
 """The layers and batch norms that an nnx model calls, and how they are connected."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from functools import cache
-from typing import cast
+from typing import TypeVar, cast
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax import Array
 from jax.typing import ArrayLike
@@ -17,14 +18,15 @@ from .._flax.folding import uses_call_of
 from .._flax.linear import (
     DENSE,
     Linear,
-    custom_option,
     describe_convolution,
+    describe_functions,
     describe_general,
     describe_transposed,
 )
 from .._flax.marks import Mark
 from .._flax.pairs import LAYER_WEIGHTS, NORM_WEIGHTS, Trace
 from .._flax.paths import Path, join
+from .._flax.plain import Weights
 from .._flax.tracing import Recorder, describe_norm, names, trace_call
 from ._batch_norm import BatchNorm, check_running_average
 from ._graph import iterate, replace_class
@@ -34,6 +36,7 @@ LAYERS = (nnx.Linear, nnx.LinearGeneral, nnx.Conv, nnx.ConvTranspose)
 NORMS = (nnx.BatchNorm, BatchNorm)
 WEIGHTS = {*LAYER_WEIGHTS, *NORM_WEIGHTS}
 PLACE = "jaxbn_place"
+Kind = TypeVar("Kind", bound=nnx.Module)
 
 
 def trace_model(
@@ -57,8 +60,9 @@ def trace_model(
         read_dataflow(program, paths, stored),
         recorder.layers,
         recorder.norms,
+        recorder.plain,
         _weights_by_path(model, paths),
-        [jnp.shape(leaf) for leaf in leaves],
+        [np.dtype(leaf.dtype) for leaf in leaves],
     )
 
 
@@ -77,8 +81,8 @@ def _weights_by_path(model: PyTree, state: list[Path]) -> dict[Mark, int]:
 
 
 def weights(layer: nnx.Module) -> dict[str, nnx.Variable]:
-    """Return the Variables of a layer or batch norm by name."""
-    found = {name: getattr(layer, name, None) for name in WEIGHTS}
+    """Return the Variables of a layer or batch norm by name, attributes of its own."""
+    found = {name: vars(layer).get(name) for name in WEIGHTS}
     return {name: v for name, v in found.items() if isinstance(v, nnx.Variable)}
 
 
@@ -110,12 +114,14 @@ def _recorded_layer(kind: type[nnx.Module]) -> type[nnx.Module]:
         layer: nnx.Module, inputs: ArrayLike, *args: PyTree, **options: PyTree
     ) -> Array:
         place: _Place = getattr(layer, PLACE)
+        plain = _plain_copy(layer, LAYERS)
         return place.recorder.call(
             place.path,
             lambda x: call(layer, x, *args, **options),
             inputs,
             _values(layer),
-            _describe(layer, jnp.ndim(inputs))._replace(custom=custom_option(layer)),
+            lambda x, weights: _set(plain, weights)(x, *args, **options),
+            _describe(plain, jnp.ndim(inputs)),
         )
 
     return type(kind.__name__, (kind,), {"__call__": call_recorded})
@@ -133,12 +139,14 @@ def _recorded_norm(kind: type[nnx.BatchNorm]) -> type[nnx.BatchNorm]:
         inference = use_running_average
         if inference is None:
             inference = check_running_average(norm.use_running_average)
+        plain = _plain_copy(norm, NORMS)
         return place.recorder.call(
             place.path,
             lambda x: kind.__call__(norm, x, use_running_average, **options),
             x,
             _values(norm),
-            describe_norm(norm, x, train=not inference),
+            lambda x, weights: _set(plain, weights)(x, use_running_average, **options),
+            describe_norm(plain, x, train=not inference),
         )
 
     return type(kind.__name__, (kind,), {"__call__": call_recorded})
@@ -148,7 +156,26 @@ def _values(layer: nnx.Module) -> dict[str, Array]:
     return {name: variable[...] for name, variable in weights(layer).items()}
 
 
-def _describe(layer: object, ndim: int) -> Linear:
+def _plain_copy(layer: nnx.Module, kinds: Collection[type[Kind]]) -> Kind:
+    """Return a layer with the same attributes of the first of `kinds` that it is."""
+    kind = next(kind for kind in type(layer).__mro__ if kind in kinds)
+    copy = object.__new__(kind)
+    vars(copy).update(vars(layer))
+    return copy
+
+
+def _set(plain: nnx.Module, weights: Weights) -> Callable[..., Array]:
+    """Put the weights into a plain layer, and return its call."""
+    for name, value in weights.items():
+        vars(plain)[name] = type(vars(plain)[name])(value)
+    return cast(Callable[..., Array], plain)
+
+
+def _describe(layer: Layer, ndim: int) -> Linear:
+    return _describe_kind(layer, ndim)._replace(refusal=describe_functions(layer))
+
+
+def _describe_kind(layer: object, ndim: int) -> Linear:
     match layer:
         case nnx.ConvTranspose():
             return describe_transposed(layer.transpose_kernel)

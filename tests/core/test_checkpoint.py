@@ -224,3 +224,25 @@ def test_x_may_be_an_array_of_numpy(step, rng):
     x = rng.normal(size=SHAPE).astype(np.float32)
     dy = jax.random.normal(jax.random.key(0), jax.eval_shape(step, x).shape)
     assert_near(jax.vjp(step, x)[1](dy), jax.vjp(step, jnp.asarray(x))[1](dy))
+
+
+@pytest.fixture
+def remat3():
+    jax.config.update("jax_remat3", True)
+    yield
+    jax.config.update("jax_remat3", False)
+
+
+def test_policy_saves_no_less_under_remat3(remat3, rng):
+    """Of a dense layer, batch norm and ReLU, nothing but the ReLU is computed again."""
+
+    def loss(kernel, x):
+        y, _ = jaxbn.batch_norm(*jaxbn.init(C), x @ kernel, True)
+        return jnp.sum(jnp.sin(nn.relu(y)))
+
+    kernel, x = (jnp.asarray(rng.normal(size=s), jnp.float32) for s in ((C, C), (8, C)))
+    expected = jax.value_and_grad(loss, (0, 1))(kernel, x)
+    step = jax.jit(jax.value_and_grad(with_policy(loss), (0, 1)))
+    assert_near(step(kernel, x), expected)
+    program = step.lower(kernel, x).as_text()
+    assert program.count("stablehlo.dot_general") == 3
