@@ -9,12 +9,13 @@ from jax import Array
 from jax.typing import DTypeLike
 from jaxtyping import Float, Inexact
 
-from .._core.axes import Axes, reduction_axes, squeeze_features
+from .._core.axes import Axes, reduction_axes
 from .._core.dtypes import accumulation_dtype, real_dtype
 from .._core.moments import moments
+from .._core.running import has_variance, unbiased_variance
 from .._core.sharding import shard_like
+from .._core.statistics import squeeze_moments
 from .._core.sync import AxisName, Groups, merge
-from .._core.weights import bessel_correction
 
 AnyArray = Array | np.ndarray  # JAX on the device, NumPy on the host
 Real = Float[AnyArray, "*features"]
@@ -61,15 +62,13 @@ class Accumulator(NamedTuple):
         axes = reduction_axes(feature_axes, x.ndim)
         closed_form = not jnp.iscomplexobj(x)
         local = moments(x_acc, x, mask, axes, closed_form=closed_form)
-        batch = merge(local, axis_name, groups)
-        mean, var = batch.mean, batch.var
-        n = jnp.broadcast_to(jnp.asarray(batch.n, var.dtype), mean.shape)
-        var_weight = jnp.where(n > 1, n, 0)
-        parts = (
-            *(mean, n * var, n, (n > 0).astype(n.dtype)),
-            *(var_weight, var_weight * bessel_correction(n) * var),
-        )
-        return Accumulator(*(squeeze_features(part, feature_axes) for part in parts))
+        batch = squeeze_moments(merge(local, axis_name, groups), feature_axes)
+        # Of a feature without elements the moments are no numbers.
+        mean, var, n = (jnp.where(batch.n <= 0, 0, v) for v in batch[:3])
+        var_weight = jnp.where(has_variance(batch, unbiased=True), n, 0)
+        weighted_var = jnp.where(var_weight > 0, n * unbiased_variance(batch), 0)
+        is_reached = (n > 0).astype(n.dtype)
+        return Accumulator(mean, n * var, n, is_reached, var_weight, weighted_var)
 
     def merge(self, other: "Accumulator") -> "Accumulator":
         """Return the accumulator of the batches of both, in NumPy or JAX arrays.

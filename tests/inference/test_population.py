@@ -126,6 +126,33 @@ def test_pair_may_be_a_list_with_a_mask_of_the_shape_of_x(kind, array, rng):
     assert_near(state[:2], oracle([x], "paper"), 1e-6)
 
 
+@pytest.mark.parametrize("mask", [-1.0, np.inf, -1, 0.0])
+def test_batch_without_a_positive_sum_of_weights_is_left_out(mask, rng):
+    batches = [rng.normal(3, 2, size=(6, 2)).astype(np.float32) for _ in range(3)]
+    masks = [np.ones((6, 1), np.asarray(mask).dtype) for _ in range(3)]
+    masks[1][0] = mask if mask != -1 else -9
+    masks[1][1:] = min(mask, 1) if mask <= 0 else 1
+    kept = [batches[0], batches[2]]
+    state = jaxbn.population(zip(batches, map(jnp.asarray, masks), strict=True))
+    assert_near(tuple(state[:2]), tuple(jaxbn.population(kept)[:2]), 1e-6)
+    assert state.count == 2
+
+
+@pytest.mark.parametrize("scale", [1e-40, 1.0, 3e38])
+def test_dominant_weight_of_any_scale(scale, rng):
+    """n - 1, twice the share of the small weights, is not rounded."""
+    x = rng.normal(3, 2, size=(10, 2)).astype(np.float32)
+    mask = np.full((10, 1), 1e-3 * scale, np.float32)
+    mask[4] = scale
+    w, wide = mask.astype(np.float64) / np.float64(mask[4]), x.astype(np.float64)
+    mean = (w * wide).sum(0) / w.sum(0)
+    var = (w * (wide - mean) ** 2).sum(0) / w.sum(0)
+    pairs = sum((w * np.roll(w, k, 0)).sum(0) for k in range(1, 10))
+    dof = pairs / (w**2).sum(0)
+    state = jaxbn.population([(x, mask)])
+    assert_near(tuple(state[:2]), (mean, var * (1 + dof) / dof), 1e-5)
+
+
 def test_nested_list_of_numbers_is_an_array(rng):
     (x,) = draw(rng, (2,))
     for rows in (x.tolist(), [list(row) for row in x]):  # of floats, of NumPy's
