@@ -15,7 +15,6 @@ from .._core.dtypes import accumulation_dtype
 from .._core.weights import check_mask
 from .._inference.accumulator import Accumulator
 from .._inference.population import Variance, check_same_features, finalize
-from .folding import check_has_batch_norm
 from .layer import (
     AxisNames,
     Layer,
@@ -24,6 +23,7 @@ from .layer import (
     index_groups,
     mapped_names,
 )
+from .paths import check_has_batch_norm
 
 # The name of a layer's accumulator, beside its `mean` and `var`.
 ACCUMULATOR = "accumulator"

@@ -8,17 +8,16 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jaxtyping import PyTree
 
 from .._core.variables import BatchNormParams, BatchNormState
-from .._flax.folding import (
+from .._flax.paths import Path, PathKey, check_has_batch_norm, join
+from .._fold.checks import (
     add_layer_note,
-    check_has_batch_norm,
     check_not_empty,
     check_path_exists,
     warn_unfolded,
 )
-from .._flax.marks import Mark
-from .._flax.pairs import LAYER_WEIGHTS, Fold, check_pairs, choose_folds
-from .._flax.paths import Path, PathKey, join
-from .._flax.stacks import fold_stacks
+from .._fold.marks import Mark
+from .._fold.pairs import LAYER_WEIGHTS, Fold, check_pairs, choose_folds
+from .._fold.stacks import fold_stacks
 from ._trace import trace_model
 from ._tree import Variables, batch_norm_paths, find_path, paths_with, rebuild_like
 

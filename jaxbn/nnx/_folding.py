@@ -10,16 +10,16 @@ from jax import Array
 from jax.typing import ArrayLike
 from jaxtyping import PyTree
 
-from .._flax.folding import (
+from .._flax.paths import Path, PathKey, join, split
+from .._fold.checks import (
     add_layer_note,
     check_foldable,
     check_not_empty,
     uses_call_of,
     warn_unfolded,
 )
-from .._flax.pairs import Fold, check_pairs, choose_folds
-from .._flax.paths import Path, PathKey, join, split
-from .._flax.stacks import fold_stacks
+from .._fold.pairs import Fold, check_pairs, choose_folds
+from .._fold.stacks import fold_stacks
 from ._bridge import bridges
 from ._graph import get, iterate, replace_class
 from ._trace import LAYERS, NORMS, Layer, trace_model, weights

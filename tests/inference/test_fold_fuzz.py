@@ -42,7 +42,9 @@ def randomize(rng, tree):
 
     def draw(path, a):
         positive = "var" in jax.tree_util.keystr(path)
-        values = rng.uniform(0.5, 2.0, a.shape) if positive else rng.normal(size=a.shape)
+        values = (
+            rng.uniform(0.5, 2.0, a.shape) if positive else rng.normal(size=a.shape)
+        )
         return jnp.asarray(values, a.dtype)
 
     return jax.tree.map_with_path(draw, tree)
