@@ -1,4 +1,4 @@
-"""Paths of layers in a model: tuples, written as strings with "/" or "."."""
+"""Paths of layers in a model, tuples or strings with "/" or ".", and their errors."""
 
 import re
 from collections.abc import Collection, Hashable
@@ -29,3 +29,21 @@ def find_name(path: str, existing: Collection[str]) -> str:
     if path in alike:
         return path
     return alike[0] if len(alike) == 1 else name
+
+
+def check_has_batch_norm(found: Collection[object], need: str) -> None:
+    """Check that there is a batch norm; `need` says which, up to the word "none"."""
+    if not found:
+        raise ValueError(
+            f"{need} none. Batch norm layers are those of Flax and of jaxbn, and of "
+            "classes that inherit from them. Pass the whole model; for linen all "
+            "variables, with 'batch_stats', and not 'params' alone."
+        )
+
+
+def path_error(path: Path, model: str) -> ValueError:
+    """Return the error for a path that leads to no attribute of the model."""
+    return ValueError(
+        f"pairs must name attributes of the model; got {join(path)!r}, which this "
+        f"{model} does not have. Write paths as 'blocks/0/conv', or as tuples."
+    )

@@ -14,6 +14,7 @@ from jaxtyping import PyTree
 from .._core.dtypes import accumulation_dtype
 from .._core.options import check_input
 from .._core.weights import check_mask
+<<<<<<< HEAD
 from .._inference.accumulator import Accumulator, AnyArray
 from .._inference.population import (
     Variance,
@@ -22,6 +23,10 @@ from .._inference.population import (
     finalize,
 )
 from .folding import check_has_batch_norm
+=======
+from .._inference.accumulator import Accumulator
+from .._inference.population import Variance, check_same_features, finalize
+>>>>>>> fold
 from .layer import (
     AxisNames,
     Layer,
@@ -30,6 +35,7 @@ from .layer import (
     index_groups,
     mapped_names,
 )
+from .paths import check_has_batch_norm
 
 # The name of a layer's accumulator, beside its `mean` and `var`.
 ACCUMULATOR = "accumulator"

@@ -8,17 +8,16 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jaxtyping import PyTree
 
 from .._core.variables import BatchNormParams, BatchNormState
-from .._flax.folding import (
+from .._flax.paths import Path, PathKey, check_has_batch_norm, join
+from .._fold.checks import (
     add_layer_note,
-    check_has_batch_norm,
     check_not_empty,
     check_path_exists,
     warn_unfolded,
 )
-from .._flax.marks import Mark
-from .._flax.pairs import LAYER_WEIGHTS, Fold, check_pairs, choose_folds
-from .._flax.paths import Path, PathKey, join
-from .._flax.stacks import fold_stacks
+from .._fold.marks import Mark
+from .._fold.pairs import LAYER_WEIGHTS, Fold, check_pairs, choose_folds
+from .._fold.stacks import fold_stacks
 from ._trace import trace_model
 from ._tree import Variables, batch_norm_paths, find_path, paths_with, rebuild_like
 
@@ -41,8 +40,11 @@ def fold(
     where: no array is computed. A batch norm is folded into the linear layer before it
     if the output of this layer has no other use, and otherwise into the linear layers
     after it if its own output has no other use, and if they do not pad with zeros.
-    The formulas are at `jaxbn.fold`. Layers in `nn.scan` and `nn.vmap` are folded
-    stack by stack.
+    The formulas are at `jaxbn.fold`. Layers in one `nn.scan` or `nn.vmap` are folded
+    stack by stack; nested stacks stay.
+
+    The folded model gives the same output, in the same dtype. Only layers and norms
+    that compute what Flax's do with their variables are folded: the call shows it.
 
     **Arguments**
 
@@ -57,8 +59,9 @@ def fold(
     **Returns** new variables in containers of the same kinds: the variables of a model
     without these batch norms, whose layers have a bias. Apply them to such a model, or
     to the original model within `skip_folded()`; outside of it Flax reports that the
-    statistics are missing. Kernel and bias are in float32 or wider; a layer that has a
-    `dtype` still computes in it, and so rounds y to it. A new bias has the norm's
+    statistics are missing. Kernel and bias are in float32 or wider, or in the kernel's
+    dtype where y would otherwise be wider; a layer that has a `dtype` still computes in
+    it, and so rounds y to it. A new bias has the norm's
     features: for a new `ConvLocal` or `DenseGeneral`, whose bias has more axes,
     broadcast it.
 

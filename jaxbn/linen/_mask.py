@@ -6,7 +6,7 @@ import jax
 from jax.tree_util import DictKey, KeyPath
 from jaxtyping import PyTree
 
-from .._flax.folding import check_has_batch_norm
+from .._flax.paths import check_has_batch_norm
 from ._tree import batch_norm_paths
 
 

@@ -14,9 +14,8 @@ from jax.typing import ArrayLike
 from jaxtyping import PyTree
 
 from .._core.variables import BatchNormState
-from .._flax.folding import check_has_batch_norm
 from .._flax.layer import as_inexact, mapped_names
-from .._flax.paths import Path, join
+from .._flax.paths import Path, check_has_batch_norm, join
 from .._flax.population import (
     ACCUMULATOR,
     accumulate_call,

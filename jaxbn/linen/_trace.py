@@ -14,8 +14,9 @@ from jax import Array
 from jax.typing import ArrayLike
 from jaxtyping import PyTree
 
-from .._flax.dataflow import read_dataflow
-from .._flax.linear import (
+from .._flax.paths import Path, join
+from .._fold.dataflow import read_dataflow
+from .._fold.linear import (
     DENSE,
     Linear,
     describe_convolution,
@@ -23,11 +24,10 @@ from .._flax.linear import (
     describe_general,
     describe_transposed,
 )
-from .._flax.marks import Mark
-from .._flax.pairs import LAYER_WEIGHTS, Trace
-from .._flax.paths import Path, join
-from .._flax.plain import Weights
-from .._flax.tracing import Recorder, describe_norm, names, trace_call
+from .._fold.marks import Mark
+from .._fold.pairs import LAYER_WEIGHTS, Trace
+from .._fold.plain import Weights
+from .._fold.tracing import Recorder, describe_norm, names, trace_call
 from ._bridge import intercept_bridges
 from ._intercept import NextCall, calling_plain, intercept_calls, plain_copy
 from ._population import measuring

@@ -10,16 +10,16 @@ from jax import Array
 from jax.typing import ArrayLike
 from jaxtyping import PyTree
 
-from .._flax.folding import (
+from .._flax.paths import Path, PathKey, join, split
+from .._fold.checks import (
     add_layer_note,
     check_foldable,
     check_not_empty,
     uses_call_of,
     warn_unfolded,
 )
-from .._flax.pairs import Fold, check_pairs, choose_folds
-from .._flax.paths import Path, PathKey, join, split
-from .._flax.stacks import fold_stacks
+from .._fold.pairs import Fold, check_pairs, choose_folds
+from .._fold.stacks import fold_stacks
 from ._bridge import bridges
 from ._graph import get, iterate, replace_class
 from ._trace import LAYERS, NORMS, Layer, trace_model, weights
@@ -39,7 +39,11 @@ def fold(
     is computed. A batch norm is folded into the linear layer before it if the output of
     this layer has no other use, and otherwise into the linear layers after it if its
     own output has no other use, and if they do not pad with zeros. The formulas are at
-    `jaxbn.fold`. Layers in `nnx.vmap` and `nnx.scan` are folded stack by stack.
+    `jaxbn.fold`. Layers in one `nnx.vmap` or `nnx.scan` are folded stack by stack;
+    nested stacks stay.
+
+    The new model gives the same output, in the same dtype. Only layers and norms that
+    compute what Flax's do with their variables are folded: the call shows it.
 
     **Arguments**
 
@@ -53,8 +57,9 @@ def fold(
 
     **Returns** the new model, for inference only. It has the same paths: at the path of
     a folded batch norm is a module that returns its input. Each layer has a bias, and
-    kernel and bias in float32 or wider; a layer that has a `dtype` still computes in
-    it, and so rounds y to it.
+    kernel and bias in float32 or wider, or in the kernel's dtype where y would
+    otherwise be wider; a layer that has a `dtype` still computes in it, and so rounds
+    y to it.
 
     **Warns** with the path and the reason of each batch norm that stays.
 

@@ -8,8 +8,7 @@ from flax import nnx
 from jaxtyping import PyTree
 
 from .._core.variables import BatchNormState
-from .._flax.folding import path_error
-from .._flax.paths import Path, join
+from .._flax.paths import Path, join, path_error
 
 Kind = TypeVar("Kind", bound=nnx.Module)
 

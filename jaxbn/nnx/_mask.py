@@ -3,7 +3,7 @@
 from flax import nnx
 from jaxtyping import PyTree
 
-from .._flax.folding import check_has_batch_norm
+from .._flax.paths import check_has_batch_norm
 from ._bridge import all_statistics
 
 

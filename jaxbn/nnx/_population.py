@@ -12,9 +12,8 @@ from jax import Array
 from jax.typing import ArrayLike
 from jaxtyping import PyTree
 
-from .._flax.folding import check_has_batch_norm
 from .._flax.layer import as_inexact, mapped_names
-from .._flax.paths import Path, join
+from .._flax.paths import Path, check_has_batch_norm, join
 from .._flax.population import (
     ACCUMULATOR,
     accumulate_call,

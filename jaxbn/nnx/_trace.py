@@ -13,9 +13,10 @@ from jax import Array
 from jax.typing import ArrayLike
 from jaxtyping import PyTree
 
-from .._flax.dataflow import read_dataflow
-from .._flax.folding import uses_call_of
-from .._flax.linear import (
+from .._flax.paths import Path, join
+from .._fold.checks import uses_call_of
+from .._fold.dataflow import read_dataflow
+from .._fold.linear import (
     DENSE,
     Linear,
     describe_convolution,
@@ -23,11 +24,10 @@ from .._flax.linear import (
     describe_general,
     describe_transposed,
 )
-from .._flax.marks import Mark
-from .._flax.pairs import LAYER_WEIGHTS, NORM_WEIGHTS, Trace
-from .._flax.paths import Path, join
-from .._flax.plain import Weights
-from .._flax.tracing import Recorder, describe_norm, names, trace_call
+from .._fold.marks import Mark
+from .._fold.pairs import LAYER_WEIGHTS, NORM_WEIGHTS, Trace
+from .._fold.plain import Weights
+from .._fold.tracing import Recorder, describe_norm, names, trace_call
 from ._batch_norm import BatchNorm, check_running_average
 from ._graph import iterate, replace_class
 

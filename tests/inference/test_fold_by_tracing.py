@@ -18,7 +18,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jaxbn
-from jaxbn._flax.linear import describe_functions
+from jaxbn._fold.linear import describe_functions
 from jaxbn.linen import skip_folded
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")

@@ -14,11 +14,11 @@ from jax.tree_util import DictKey, KeyPath
 from jax.typing import ArrayLike
 from jaxtyping import PyTree
 
-from .layer import Layer
+from .._flax.layer import Layer
+from .._flax.paths import Path
 from .linear import Linear, describe_functions
 from .marks import INPUT, OUTPUT, PLAIN_INPUT, PLAIN_OUTPUT, mark
 from .pairs import Norm
-from .paths import Path
 from .plain import PlainCall, Weights, describe_call
 
 ARRAYS = (jax.Array, np.ndarray, jax.ShapeDtypeStruct)

@@ -5,7 +5,7 @@ from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TypeVar
 
-from .paths import Path, join
+from .._flax.paths import Path, join
 
 Kind = TypeVar("Kind")
 
@@ -18,16 +18,6 @@ def add_layer_note(layer: str, norm: str) -> Iterator[None]:
     except (TypeError, ValueError) as error:
         error.add_note(f"While folding the batch norm {norm!r} into {layer!r}.")
         raise
-
-
-def check_has_batch_norm(found: Collection[object], need: str) -> None:
-    """Check that there is a batch norm; `need` says which, up to the word "none"."""
-    if not found:
-        raise ValueError(
-            f"{need} none. Batch norm layers are those of Flax and of jaxbn, and of "
-            "classes that inherit from them. Pass the whole model; for linen all "
-            "variables, with 'batch_stats', and not 'params' alone."
-        )
 
 
 def check_not_empty(pairs: Collection[object]) -> None:
@@ -47,14 +37,6 @@ def check_path_exists(path: Path, kind: str, existing: Collection[Path]) -> None
             f"pairs must name {kind} of the model; got {join(path)!r}. There are: "
             f"{', '.join(repr(join(p)) for p in existing) or 'none'}."
         )
-
-
-def path_error(path: Path, model: str) -> ValueError:
-    """Return the error for a path that leads to no attribute of the model."""
-    return ValueError(
-        f"pairs must name attributes of the model; got {join(path)!r}, which this "
-        f"{model} does not have. Write paths as 'blocks/0/conv', or as tuples."
-    )
 
 
 def check_foldable(value: object, kinds: tuple[type[Kind], ...]) -> Kind:

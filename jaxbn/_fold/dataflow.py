@@ -8,8 +8,8 @@ import numpy as np
 from jax.extend.core import Jaxpr, JaxprEqn, Literal, Var
 
 from .._core.axes import Axes
+from .._flax.paths import Path
 from .marks import INPUT, OUTPUT, PLAIN_INPUT, PLAIN_OUTPUT, Mark, read_mark, seen_axes
-from .paths import Path
 
 # Calls of a function: its arguments and results are those of the equation.
 CALLS = {

@@ -1,0 +1,1 @@
+"""Folding of a whole model by tracing one call; imports no Flax."""
