@@ -74,6 +74,9 @@ class OnlyDLPack:
     def __dlpack__(self, **options):
         return self.x.__dlpack__(**options)
 
+    def __iter__(self):
+        return map(OnlyDLPack, self.x)
+
     def __dlpack_device__(self):
         return self.x.__dlpack_device__()
 
