@@ -74,6 +74,9 @@ class OnlyDLPack:
     def __dlpack__(self, **options):
         return self.x.__dlpack__(**options)
 
+    def __iter__(self):
+        return map(OnlyDLPack, self.x)
+
     def __dlpack_device__(self):
         return self.x.__dlpack_device__()
 
@@ -227,9 +230,10 @@ def test_skipped_arrays_have_no_influence(batches):
     """Overflow of n·var is not finite either; masked elements do not matter."""
     large, nan = np.ones((8, C), np.float32), np.full((2, C), np.nan, np.float32)
     large[::2] = 2e19
-    stream = [nan, large, *batches, (large * np.inf, np.zeros((8, 1), bool))]
+    two = np.float32([[1.1e19], [-1.1e19]]) * np.ones(C, np.float32)  # n²/(n-1)·var
+    stream = [nan, large, *batches, two, (large * np.inf, np.zeros((8, 1), bool))]
     stream += [(np.concatenate([batches[0], nan]), np.arange(10)[:, None] < 8)]
-    with pytest.warns(UserWarning, match=r"number from 0: 0, 1\. Masks would"):
+    with pytest.warns(UserWarning, match=r"number from 0: 0, 1, 5\. Masks would"):
         state = jaxbn.population(stream, skip_nonfinite=True)
     assert_near(state[:2], expected([*batches, batches[0]]))
     assert state.count == 4
