@@ -50,9 +50,9 @@ def update_running_stats(
     >>> jaxbn.update_running_stats(state, batch, momentum=0.5).mean
     Array([ 1., 10.], dtype=float32)
     """
-    state, batch = _check_features(state, batch)
+    state, moments = _check_features(state, batch)
     batch_weight = to_batch_weight(check_momentum(momentum))
-    return _update(state, batch, batch_weight, check_unbiased(unbiased))
+    return _update(state, moments, batch_weight, check_unbiased(unbiased))
 
 
 def _check_features(
@@ -115,7 +115,7 @@ def has_variance(batch: Moments, unbiased: bool) -> Bool[Array, "*features"]:
     """Decide which features have a variance: n > 1 for the unbiased one, else n > 0."""
     if unbiased and batch.dof is not None:
         return batch.dof > 0
-    return batch.n > int(unbiased)
+    return jnp.asarray(batch.n) > int(unbiased)
 
 
 def unbiased_variance(batch: Moments) -> Float[Array, "*features"]:

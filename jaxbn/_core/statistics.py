@@ -108,7 +108,8 @@ def _batch_statistics(
         groups=groups,
         closed_form=closed_form,
     )
-    return BatchStatistics(*squeeze_moments(batch, axis)[:3])
+    mean, var, n, *_ = squeeze_moments(batch, axis)
+    return BatchStatistics(mean, var, jnp.asarray(n))
 
 
 def moments_of_all(

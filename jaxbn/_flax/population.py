@@ -14,7 +14,6 @@ from jaxtyping import PyTree
 from .._core.dtypes import accumulation_dtype
 from .._core.options import check_input
 from .._core.weights import check_mask
-<<<<<<< HEAD
 from .._inference.accumulator import Accumulator, AnyArray
 from .._inference.population import (
     Variance,
@@ -22,11 +21,6 @@ from .._inference.population import (
     check_same_features,
     finalize,
 )
-from .folding import check_has_batch_norm
-=======
-from .._inference.accumulator import Accumulator
-from .._inference.population import Variance, check_same_features, finalize
->>>>>>> fold
 from .layer import (
     AxisNames,
     Layer,

@@ -71,7 +71,7 @@ def test_mean_and_var_may_lie_on_different_explicit_axes(of_mean, of_var, jit, r
         assert_near(actual, expected, 1e-6)
 
 
-STATE_SPEC = jaxbn.BatchNormState(P("model"), P("model"), P())
+STATE_SPEC = jaxbn.BatchNormState._make((P("model"), P("model"), P()))
 
 
 @pytest.mark.parametrize("check_vma", [True, False])
@@ -126,13 +126,13 @@ def test_features_of_each_device_need_no_collective_without_an_axis_name(check_v
 def test_count_does_not_vary_with_gathered_statistics(rng):
     """Of an all_gather shard_map says that it varies; the batch's statistics do not."""
     x, state, (params, _) = random_x(rng), random_state(rng), jaxbn.init(C)
-    divided = jaxbn.BatchNormState(P("data"), P("data"), P())
+    divided = jaxbn.BatchNormState._make((P("data"), P("data"), P()))
 
     @partial(
         jax.shard_map,
         mesh=mesh(AxisType.Auto),
         in_specs=(divided, P("data")),
-        out_specs=(P("data"), jaxbn.BatchNormState(P("data"), P("data"), P())),
+        out_specs=(P("data"), divided),
     )
     def step(state, x):
         mean, var = (

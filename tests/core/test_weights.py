@@ -1,6 +1,7 @@
 """Test that a floating mask holds weights without a scale, and that others count."""
 
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -288,9 +289,9 @@ def test_symbols_are_multiplied_without_overflow(masked):
     x = jax.ShapeDtypeStruct((b, 1, 1), jnp.float32)
     exported = jax.export.export(step)(x, jax.ShapeDtypeStruct((b, 1, 1), bool))
     for batch in (4, 32768, 65538):
-        n, new = exported.call(
-            np.ones((batch, 1, 1), np.float32), np.ones((batch, 1, 1), bool)
-        )
+        ones = np.ones((batch, 1, 1))
+        results: Any = exported.call(ones.astype(np.float32), ones.astype(bool))
+        n, new = results
         exact = batch * 65536
         np.testing.assert_allclose(n, [exact], rtol=1e-7)
         np.testing.assert_allclose(new.var, [exact / (exact - 1)], rtol=1e-6)

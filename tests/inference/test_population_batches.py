@@ -230,7 +230,9 @@ def test_skipped_arrays_have_no_influence(batches):
     """Overflow of n·var is not finite either; masked elements do not matter."""
     large, nan = np.ones((8, C), np.float32), np.full((2, C), np.nan, np.float32)
     large[::2] = 2e19
-    two = np.float32([[1.1e19], [-1.1e19]]) * np.ones(C, np.float32)  # n²/(n-1)·var
+    two = np.array([[1.1e19], [-1.1e19]], np.float32) * np.ones(
+        C, np.float32
+    )  # n²/(n-1)·var
     stream = [nan, large, *batches, two, (large * np.inf, np.zeros((8, 1), bool))]
     stream += [(np.concatenate([batches[0], nan]), np.arange(10)[:, None] < 8)]
     with pytest.warns(UserWarning, match=r"number from 0: 0, 1, 5\. Masks would"):
