@@ -13,6 +13,7 @@ from helpers import assert_near
 import jaxbn
 import jaxbn.linen
 import jaxbn.nnx
+from jaxbn._inference.accumulator import Accumulator
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")
 C = 3
@@ -230,9 +231,8 @@ def test_skipped_arrays_have_no_influence(batches):
     """Overflow of n·var is not finite either; masked elements do not matter."""
     large, nan = np.ones((8, C), np.float32), np.full((2, C), np.nan, np.float32)
     large[::2] = 2e19
-    two = np.array([[1.1e19], [-1.1e19]], np.float32) * np.ones(
-        C, np.float32
-    )  # n²/(n-1)·var
+    # n²/(n-1)·var
+    two = np.array([[1.1e19], [-1.1e19]], np.float32) * np.ones(C, np.float32)
     stream = [nan, large, *batches, two, (large * np.inf, np.zeros((8, 1), bool))]
     stream += [(np.concatenate([batches[0], nan]), np.arange(10)[:, None] < 8)]
     with pytest.warns(UserWarning, match=r"number from 0: 0, 1, 5\. Masks would"):
@@ -310,3 +310,18 @@ def test_two_passes_merge_to_one(variance, rng):
     assert_near(merged.mean, whole.mean, 1e-6)
     assert_near(merged.var, whole.var, (2 if variance == "total" else 20) / (30 * 512))
     assert merged.count == whole.count == 30
+
+
+@pytest.mark.parametrize("populate", [populate_core, populate_linen, populate_nnx])
+@pytest.mark.parametrize("dtype", ["float8_e4m3fn", "float4_e2m1fn"])
+def test_dtypes_below_16_bits_are_refused(populate, dtype, batches):
+    with pytest.raises(TypeError, match=rf"x must have 16 bits or more; got {dtype}"):
+        populate([batches[0].astype(dtype)])
+
+
+@pytest.mark.parametrize("mask", [None, (1, 2), (2**33, 1)])
+def test_accumulators_count_beyond_int32(mask):
+    mask = None if mask is None else jax.ShapeDtypeStruct(mask, jnp.bool)
+    x = jax.ShapeDtypeStruct((2**33, 2), jnp.bfloat16)
+    new = jax.eval_shape(lambda x, mask: Accumulator.from_batch(x, mask, (1,)), x, mask)
+    assert {(part.shape, part.dtype.name) for part in new} == {((2,), "float32")}
