@@ -14,7 +14,12 @@ from jax import Array
 from jax.typing import ArrayLike, DTypeLike
 from jaxtyping import Inexact
 
-from .arguments import Arguments, check_arguments, explain_transformations
+from .arguments import (
+    Arguments,
+    check_arguments,
+    explain_transformations,
+    warn_single_elements,
+)
 from .options import StaticOptions
 from .running import update
 from .steps import batch_moments, in_accumulation_dtype, infer, normalize_batch
@@ -106,6 +111,8 @@ def batch_norm(
     **Raises** `ValueError` for shapes and options, `TypeError` for dtypes and kinds,
     while tracing.
 
+    **Warns** if the shapes say that n is 1 for every feature: y is then the bias.
+
     Differences from Flax: the variance is numerically stable (Flax's default cancels
     for large means), masked statistics are weighted by n over devices, an empty batch
     changes nothing, the running variance is unbiased by default, and the running
@@ -144,6 +151,7 @@ def batch_norm(
     size = check_virtual_batch_size(virtual_batch_size)
     if not train:
         return infer(arguments, options), state
+    warn_single_elements(arguments.x, options, size)
     with explain_transformations(options):
         if size is None:
             return _train(arguments, options)

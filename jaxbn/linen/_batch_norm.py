@@ -14,6 +14,7 @@ from flax.linen.dtypes import canonicalize_dtype
 from flax.typing import Initializer
 from jax.typing import ArrayLike
 
+from .._core.arguments import initialization
 from .._core.batch_norm import batch_norm
 from .._core.variables import AnyParams, BatchNormParams
 from .._flax.layer import (
@@ -201,19 +202,20 @@ def _apply_layer(
     updated = train and update_statistics
     stats = _statistics(layer, shape, counted=initializing or updated)
     params = _params(layer, shape)
-    y, state = call_batch_norm(
-        function,
-        layer,
-        params,
-        make_state(**{name: variable.value for name, variable in stats.items()}),
-        as_inexact(x),
-        train=train,
-        mask=mask,
-        axis_name=axis_name,
-        dtype=canonicalize_dtype(x, *params, dtype=layer.dtype),
-        unbiased=unbiased,
-        autodiff=autodiff,
-    )
+    with initialization(initializing):
+        y, state = call_batch_norm(
+            function,
+            layer,
+            params,
+            make_state(**{name: variable.value for name, variable in stats.items()}),
+            as_inexact(x),
+            train=train,
+            mask=mask,
+            axis_name=axis_name,
+            dtype=canonicalize_dtype(x, *params, dtype=layer.dtype),
+            unbiased=unbiased,
+            autodiff=autodiff,
+        )
     if updated and not initializing:
         for name, variable in stats.items():
             variable.value = getattr(state, name)

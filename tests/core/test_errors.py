@@ -1,5 +1,7 @@
 """Test that each error states the rule, the wrong value and a remedy, at trace time."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -233,3 +235,59 @@ def test_unbound_axis_name_gets_a_note():
         call(axis_name="data")
     # JAX may add notes of its own.
     assert any("leave it out" in note for note in info.value.__notes__)
+
+
+SINGLE = r"more than one element of each feature, .*; got x .*axis_name=.*train=False"
+SINGLE_CALLS: dict[str, Any] = {
+    "one axis": lambda x, bn: bn(x[0]),
+    "batch of one": lambda x, bn: bn(x[:1]),
+    "features first": lambda x, bn: bn(x[:1].T, axis=0),
+    "no reduced axis": lambda x, bn: bn(x[None, 0], axis=(0, 1), shape=(1, 3)),
+    "vmap": lambda x, bn: jax.vmap(bn)(x),
+    "jit": lambda x, bn: jax.jit(bn)(x[:1]),
+    "virtual batches": lambda x, bn: bn(x, virtual_batch_size=1),
+}
+SEVERAL_CALLS: dict[str, Any] = {
+    "rows": lambda x, bn: bn(x[:2]),
+    "positions": lambda x, bn: bn(x[None]),
+    "no row": lambda x, bn: bn(x[:0]),
+    "inference": lambda x, bn: bn(x[:1], train=False),
+    "mapped": lambda x, bn: jax.vmap(
+        lambda x: bn(x, axis_name="rows"), axis_name="rows"
+    )(x),
+    "virtual batches": lambda x, bn: bn(x, virtual_batch_size=2),
+    "virtual images": lambda x, bn: bn(x.reshape(2, 2, 3), virtual_batch_size=1),
+    "renorm": lambda x, bn: bn(x[:1], function=jaxbn.batch_renorm),
+    "statistics": lambda x, bn: jaxbn.batch_statistics(x[:1]),
+    "any batch": lambda x, bn: jax.export.export(jax.jit(bn))(
+        jax.ShapeDtypeStruct(jax.export.symbolic_shape("b, 3"), x.dtype)
+    ),
+}
+
+
+def train_on(x, shape=(3,), train=True, function=jaxbn.batch_norm, **options):
+    return function(*jaxbn.init(shape), x, train, **options)[0]
+
+
+@pytest.mark.parametrize("name", SINGLE_CALLS)
+def test_single_elements_warn(name):
+    x = jnp.arange(12.0).reshape(4, 3)
+    with pytest.warns(UserWarning, match=SINGLE) as record:
+        y = SINGLE_CALLS[name](x, train_on)
+    np.testing.assert_array_equal(y, np.zeros(y.shape))
+    assert len(record) == 1
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("name", SEVERAL_CALLS)
+def test_several_elements_do_not_warn(name):
+    SEVERAL_CALLS[name](jnp.arange(12.0).reshape(4, 3), train_on)
+
+
+def test_batch_axis_is_not_proposed_for_features():
+    """A batch of 4 examples, and a layer of 4 features for 3."""
+    for shape, axis in (((4, 3), -1), ((4, 5, 3), -1), ((4, 5, 4), 1)):
+        with pytest.raises(ValueError, match="must have the shape") as info:
+            train_on(jnp.ones(shape), 4, axis=axis)
+        assert ("pass axis=2." in str(info.value)) == (shape[-1] == 4)
+        assert "axis=0" not in str(info.value)

@@ -1,5 +1,7 @@
 """Test that layers tell users of mistakes, and how they read Flax's odd options."""
 
+import subprocess
+import sys
 from typing import Any
 
 import jax
@@ -180,3 +182,54 @@ def test_no_axis_and_momenta_beyond_1_are_errors(x, make):
     for momentum in (1.5, -0.1):
         with pytest.raises(ValueError, match=r"momentum must lie in \[0, 1\].*PyTorch"):
             make("jaxbn", momentum=momentum)(x)
+
+
+# One element of each feature.
+
+
+class Flattened(nn.Module):
+    kind: Any
+
+    @nn.compact
+    def __call__(self, x):
+        return self.kind(use_running_average=False)(x.reshape(len(x), -1))
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("kind", [jaxbn.linen.BatchNorm, nn.BatchNorm])
+def test_linen_warns_of_single_elements_in_training_alone(kind, x):
+    """Models are initialized with a batch of one."""
+    model = Flattened(kind)
+    with jaxbn.linen.replace_batch_norm():
+        variables = model.init(jax.random.key(0), x[:1])
+        bridge = nnx.bridge.ToNNX(model, rngs=nnx.Rngs(0))
+        nnx.bridge.lazy_init(bridge, x[:1])
+        model.apply(variables, x, mutable=["batch_stats"])
+        with pytest.warns(UserWarning, match="needs more than one element"):
+            model.apply(variables, x[:1], mutable=["batch_stats"])
+
+
+@pytest.mark.filterwarnings("error")
+def test_nnx_warns_of_single_elements(x):
+    layer: Any = jaxbn.nnx.BatchNorm(C, rngs=nnx.Rngs(0))
+    layer(x[:1], use_running_average=True)
+    with pytest.warns(UserWarning, match="needs more than one element"):
+        layer(x[:1])
+
+
+@pytest.mark.usefixtures("unchecked_types")
+def test_the_warning_names_the_user_s_line():
+    """In a process of its own: the checks of types in tests add frames."""
+    code = (
+        "import warnings, jax, jax.numpy as jnp, jaxbn.linen\n"
+        "layer, x = jaxbn.linen.BatchNorm(False), jnp.ones((1, 2))\n"
+        "variables = layer.init(jax.random.key(0), x)\n"
+        "with warnings.catch_warnings(record=True) as record:\n"
+        "    for _ in range(3):\n"
+        "        layer.apply(variables, x, mutable=['batch_stats'])\n"
+        "print([w.lineno for w in record])\n"
+    )
+    out = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    )
+    assert out.stdout == "[6]\n"
