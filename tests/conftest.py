@@ -27,7 +27,7 @@ def pytest_addoption(parser):
     parser.addoption(
         "--every-row",
         action="store_true",
-        help="divide each number of rows from 1 to 64 in test_sharded_sums.py",
+        help="divide each number of rows from 1 to 64 in core/sums/test_sharded.py",
     )
 
 
@@ -40,8 +40,7 @@ def form_of_every_sum(request):
         yield
 
 
-ACCURATE = ["batch_norm", "column_sums", "properties", "reductions", "statistics"]
-ACCURATE += ["weights"]
+ACCURATE = ["batch_norm", "cuda", "forms", "properties", "statistics", "weights"]
 
 
 @pytest.fixture(scope="module", autouse=True)

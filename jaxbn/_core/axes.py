@@ -7,6 +7,7 @@ axes, wherever the feature axes are.
 import operator
 from collections.abc import Sequence
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
@@ -80,3 +81,17 @@ def every_kth(array: Array, k: int, axis: int, start: int = 0) -> Array:
     # One row, without a stride: XLA's partitioner loses it if the axis is sharded.
     end = min(start + 1, array.shape[axis])
     return lax.slice_in_dim(array, start, end, axis=axis)
+
+
+def axis_to_cut(x: Array, axes: Axes) -> int | None:
+    """Return the axis of rows that can be cut into runs, or `None`.
+
+    The batch stays whole, however it is sharded, unless all rows are in its axis.
+    """
+    if axes == () or not isinstance(x.size, int) or x.size == 0:
+        return None
+    inner = [a for a in axes[1:] if x.shape[a] > 1]
+    cut = inner[0] if inner else axes[0]
+    # JAX cuts no explicitly sharded axis, and the last axis holds no rows.
+    is_sharded = jax.typeof(x).sharding.spec[cut] is not None
+    return None if is_sharded or cut == x.ndim - 1 else cut

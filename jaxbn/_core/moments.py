@@ -18,9 +18,11 @@ from .axes import Axes
 from .checkpoint import name_saved
 from .dtypes import as_array
 from .mask_scale import Scale
-from .reductions import materialize_on_cpu, plain_shifted_sums, shifted_sums
 from .sharding import match_vma
-from .shift import Guess
+from .sums.cpu import materialize_on_cpu
+from .sums.forms import shifted_sums
+from .sums.plain import plain_shifted_sums
+from .sums.shift import Guess
 from .weights import (
     Weights,
     apply_weights,

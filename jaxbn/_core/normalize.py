@@ -28,8 +28,9 @@ from .options import (
     name_input,
     uses_closed_form,
 )
-from .reductions import materialize_on_cpu, product_sums
 from .sharding import expand_like, match_vma
+from .sums.cpu import materialize_on_cpu
+from .sums.forms import product_sums
 from .variables import (
     AnyParams,
     BatchNormParams,

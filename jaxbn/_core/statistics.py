@@ -24,7 +24,7 @@ from .options import (
     uses_closed_form,
 )
 from .sharding import shard_like
-from .shift import Guess
+from .sums.shift import Guess
 from .sync import (
     AxisName,
     Groups,

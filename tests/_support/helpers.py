@@ -17,7 +17,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from oracle import Case, Result
 
 import jaxbn
-from jaxbn._core import reductions
+from jaxbn._core.sums import cpu
 
 # Relative to the largest entry of each array, because sums of float32 elements round at
 # the size of the sum. Half precision rounds x, dy, y and dx once each.
@@ -113,7 +113,7 @@ def forced_form(platform: str) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(jax.lax, "platform_dependent", choose)
         min_size = math.inf if small else 0
-        patch.setattr(reductions, "MIN_SIZE_FOR_CPU_FORMS", min_size)
+        patch.setattr(cpu, "MIN_SIZE_FOR_CPU_FORMS", min_size)
         jax.clear_caches()  # jit does not see the change
         yield
     jax.clear_caches()

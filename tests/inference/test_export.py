@@ -11,7 +11,7 @@ from jax import export
 
 import jaxbn
 from jaxbn import BatchNormParams, BatchNormState
-from jaxbn._core.reductions import MIN_SIZE_FOR_CPU_FORMS
+from jaxbn._core.sums.cpu import MIN_SIZE_FOR_CPU_FORMS
 
 PLATFORMS = ("cpu", "cuda", "tpu")
 BATCH, IN, OUT = 65536, 3, 5

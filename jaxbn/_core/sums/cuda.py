@@ -1,23 +1,33 @@
-"""Sums of columns in two steps, where one step would leave most of a GPU idle.
+"""The sums for CUDA: both as one, of columns in two steps where one idles.
 
-XLA:GPU gives 32 columns to a block of threads and, up to `MAX_UNCUT_ROWS` rows, all
-rows of them: an array of 4,096 × 256 occupies 8 of an H100's 132 processors. Writing x
-minus a vector to memory first then costs nothing beside it, and XLA does so.
+XLA:GPU prices each sum by itself and may write out the terms that two sums share. Both
+are therefore one sum of complex numbers.
+
+It gives 32 columns to a block of threads and, up to `MAX_UNCUT_ROWS` rows, all rows of
+them: an array of 4,096 × 256 occupies 8 of an H100's 132 processors. Writing x minus a
+vector to memory first then costs nothing beside it, and XLA does so.
 """
 
 import math
 
-import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from .axes import Axes, divisors, split_axis
-from .weights import sum_over
+from ..axes import Axes, axis_to_cut, divisors, split_axis
+from ..weights import sum_over
 
 MAX_UNCUT_ROWS = 4096
 COLUMNS_PER_BLOCK = 32
 MIN_BLOCKS = 256  # about two for each processor of an H100
 MIN_RUN = 48  # shorter runs write too many sums
+
+
+def packed_sums(axes: Axes, *arrays: Array) -> tuple[Array, ...]:
+    """Sum two real arrays as one complex array."""
+    if len(arrays) < 2 or jnp.iscomplexobj(arrays[0]):
+        return tuple(sum_columns(array, axes) for array in arrays)
+    both = sum_columns(lax.complex(*arrays), axes)
+    return jnp.real(both), jnp.imag(both)
 
 
 def sum_columns(x: Array, axes: Axes) -> Array:
@@ -31,20 +41,6 @@ def sum_columns(x: Array, axes: Axes) -> Array:
     sums = jnp.sum(runs, [a + 1 for a in axes if a >= cut], keepdims=True)
     # The barrier keeps XLA from joining the two steps.
     return sum_over(lax.optimization_barrier(jnp.squeeze(sums, cut + 1)), axes)
-
-
-def axis_to_cut(x: Array, axes: Axes) -> int | None:
-    """Return the axis of rows that can be cut into runs, or `None`.
-
-    The batch stays whole, however it is sharded, unless all rows are in its axis.
-    """
-    if axes == () or not isinstance(x.size, int) or x.size == 0:
-        return None
-    inner = [a for a in axes[1:] if x.shape[a] > 1]
-    cut = inner[0] if inner else axes[0]
-    # JAX cuts no explicitly sharded axis, and the last axis holds no rows.
-    is_sharded = jax.typeof(x).sharding.spec[cut] is not None
-    return None if is_sharded or cut == x.ndim - 1 else cut
 
 
 def _num_runs(x: Array, axes: Axes, cut: int) -> int | None:

@@ -10,7 +10,7 @@ one row is wrong where the stride is the whole axis:
 
 It returns less than 36. `every_kth` takes such a row without a stride.
 
-`pytest tests/core/test_sharded_sums.py --every-row` takes all rows from 1 to 64.
+`pytest tests/core/sums/test_sharded.py --every-row` takes all rows from 1 to 64.
 """
 
 from contextlib import nullcontext

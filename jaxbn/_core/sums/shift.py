@@ -14,16 +14,24 @@ from jax.custom_batching import custom_vmap
 from jax.typing import DTypeLike
 from jaxtyping import Bool
 
-from .axes import Axes, every_kth
-from .dtypes import abs_square, real_dtype
+from ..axes import Axes, every_kth
+from ..dtypes import abs_square, real_dtype
+from ..weights import Count, divide_by_count
 
 Guess = tuple[Array, Array]  # a mean and a variance that x may have
 
 SAMPLE_STRIDE = 64
 
-# With |μ-s|² ≤ 16 σ², Σ|x-s|² - n|μ-s|² is at least 1/17 of Σ|x-s|²: at most 4 of 24
-# bits are lost.
+# With |μ-s|² ≤ 16 σ², Σ|x-s|² - n|μ-s|² is at least 1/17 of Σ|x-s|²: at most
+# log₂ 17 = 4.09 of 24 bits are lost.
 MAX_SQUARED_OFFSET_TO_VAR = 16
+
+
+def offset_and_accuracy(total: Array, squares: Array, n: Count) -> tuple[Array, Array]:
+    """Return μ - s from the sums about s, and whether they do not cancel."""
+    offset = divide_by_count(total, n)
+    var = divide_by_count(squares, n) - abs_square(offset)
+    return offset, sums_are_accurate(offset, var)
 
 
 def sums_are_accurate(offset: Array, var: Array) -> Bool[Array, ""]:

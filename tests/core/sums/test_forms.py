@@ -20,8 +20,8 @@ from helpers import (
 from oracle import random_case, train_step
 
 import jaxbn
-from jaxbn._core import reductions
-from jaxbn._core.shift import MAX_SQUARED_OFFSET_TO_VAR
+from jaxbn._core.sums import tpu
+from jaxbn._core.sums.shift import MAX_SQUARED_OFFSET_TO_VAR
 
 FORMS = ["cpu", "cpu small", "cuda", "tpu", "default"]
 MASKS = {
@@ -208,7 +208,7 @@ def test_steps_hand_the_running_statistics_on_as_the_guess(function, rng, monkey
     def fail(x, *_):
         return (jnp.full((1, 3), jnp.nan),) * 3
 
-    monkeypatch.setattr(reductions, "_sums_shifted_by_sample", fail)
+    monkeypatch.setattr(tpu, "sums_shifted_by_sample", fail)
     x = jnp.asarray(rng.normal(size=(200, 3)) + 100, jnp.float32)
     params, _ = jaxbn.init(3)
     for guess, is_near in (("warm", True), ("cold", False)):
@@ -278,7 +278,7 @@ def test_tpu_form_shifts_by_the_guess_unless_its_sums_cancel(guess, loc, shift, 
     """The last resort is the mean of a sample, here within 0.3 of the mean."""
     x = jnp.asarray(rng.normal(size=(20_000, 3)) + loc, jnp.float32)
     mean, var, _ = state_guessing(guess, loc, (1, 3))
-    chosen, *_ = reductions._sums_shifted_by_guess_if_safe(
+    chosen, *_ = tpu.sums_shifted_by_guess_if_safe(
         x, None, (mean, var), (0,), jnp.float32
     )
     is_sampled = guess in ("cold", "stale") and loc == 100

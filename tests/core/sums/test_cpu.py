@@ -18,7 +18,7 @@ from helpers import (
 from jax.sharding import AxisType, NamedSharding
 from oracle import random_case, train_step
 
-from jaxbn._core.run_sums import sum_over_runs
+from jaxbn._core.sums.cpu import sum_over_runs
 
 # Shape, reduction axes, and the shape of the sums of runs, or None for one step.
 RUNS = [

@@ -10,7 +10,7 @@ from helpers import assert_close, collectives, forced_form, rounded, run, sharde
 from jax.sharding import AxisType, NamedSharding
 from oracle import random_case, train_step
 
-from jaxbn._core.column_sums import sum_columns
+from jaxbn._core.sums.cuda import sum_columns
 
 # Shape, reduction axes, and the shape of the first step's sums, or None for one step.
 CUTS = [
