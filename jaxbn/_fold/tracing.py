@@ -59,7 +59,7 @@ class Recorder:
 def describe_norm(layer: Layer, x: ArrayLike, train: bool) -> Norm:
     """Describe a call of a batch norm."""
     ndim, epsilon = jnp.ndim(x), layer.epsilon
-    axes = tuple(sorted(int(a) % ndim - ndim for a in np.atleast_1d(layer.axis)))
+    axes = tuple(sorted({int(a) % ndim - ndim for a in np.atleast_1d(layer.axis)}))
     known = None if isinstance(epsilon, Tracer) else float(epsilon)  # pyright: ignore[reportArgumentType]
     return Norm(axes, known, train, describe_functions(layer))
 

@@ -656,3 +656,27 @@ def test_vmap_inside_shard_map_needs_check_vma_false(names, rng):
     message = r"must name mesh axes inside shard_map.*'b' of a vmap.*check_vma=False"
     with pytest.raises(ValueError, match=message):
         step(True)(x)
+
+
+@pytest.mark.parametrize(("limit", "number"), [(64, 1), (3, 4)])
+def test_floating_masks_need_few_collectives(limit, number, monkeypatch):
+    monkeypatch.setattr(sync, "MAX_GATHERED_DEVICES", limit)
+    jax.clear_caches()
+    params, state = jaxbn.init(C)
+
+    def step(x, mask):
+        options = {"axis_name": "data", "mask": mask}
+        return jaxbn.batch_norm(params, state, x, True, **options)
+
+    mapped = jax.shard_map(
+        step,
+        mesh=mesh(),
+        in_specs=P("data"),
+        out_specs=(P("data"), P()),
+    )
+    x, mask = np.ones(SHAPE, np.float32), np.ones((SHAPE[0], 1, 1), np.float32)
+    found = collectives(mapped, x, mask)
+    jax.clear_caches()
+    assert [kind for kind, _ in found] == ["all-reduce"] * number
+    if number == 1:
+        assert found[0][1] == 7 * DEVICES * C
