@@ -15,12 +15,8 @@ from .._core.dtypes import accumulation_dtype
 from .._core.options import check_input
 from .._core.weights import check_mask
 from .._inference.accumulator import Accumulator, AnyArray
-from .._inference.population import (
-    Variance,
-    cast_finite,
-    check_same_features,
-    finalize,
-)
+from .._inference.batches import check_same_features
+from .._inference.population import Variance, cast_finite, finalize
 from .layer import (
     AxisNames,
     Layer,

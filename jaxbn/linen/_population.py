@@ -27,7 +27,8 @@ from .._flax.population import (
     select_layers,
 )
 from .._inference.accumulator import Accumulator
-from .._inference.population import Variance, accumulate, check_variance
+from .._inference.batches import accumulate
+from .._inference.population import Variance, check_variance
 from ._batch_norm import BatchNorm, _apply_layer
 from ._bridge import intercept_bridges
 from ._intercept import NextCall, intercept_calls

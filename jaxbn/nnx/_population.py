@@ -25,7 +25,8 @@ from .._flax.population import (
     select_layers,
 )
 from .._inference.accumulator import Accumulator
-from .._inference.population import Variance, accumulate, check_variance
+from .._inference.batches import accumulate
+from .._inference.population import Variance, check_variance
 from ._batch_norm import BatchNorm
 from ._bridge import MeasuredToNNX, all_statistics, bridges
 from ._graph import batch_norms, get, iterate, put, replace_class, subclass
