@@ -43,7 +43,7 @@ def batch_norm(
     dtype: DTypeLike | None = None,
     autodiff: Literal["custom_vjp", "jax"] = "custom_vjp",
     virtual_batch_size: int | None = None,
-) -> tuple[Inexact[Array, ...], BatchNormState]:
+) -> tuple[Inexact[Array, "*x"], BatchNormState]:
     """Normalize `x` over all axes but the feature axes.
 
         y = (x - μ) / √(σ² + ε) · scale + bias
@@ -137,7 +137,10 @@ def batch_norm(
            [ 0.707,  0.707]], dtype=float32)
     """
     arguments, options = check_arguments(
-        *(params, state, x, train),
+        params,
+        state,
+        x,
+        train,
         axis=axis,
         momentum=momentum,
         epsilon=epsilon,

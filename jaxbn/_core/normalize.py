@@ -52,7 +52,7 @@ def normalize(
     epsilon: ArrayLike = 1e-5,
     dtype: DTypeLike | None = None,
     autodiff: Autodiff = "custom_vjp",
-) -> Inexact[Array, ...]:
+) -> Inexact[Array, "*x"]:
     """Normalize `x` by given statistics.
 
         y = (x - μ) / √(σ² + ε) · scale + bias
@@ -79,10 +79,8 @@ def normalize(
     Array([[-1., -1.],
            [ 1.,  1.]], dtype=float32)
     """
-    check_kind(
-        *("params", params, BatchNormParams),
-        "The order is normalize(params, mean, var, x); jaxbn.init returns params",
-    )
+    order = "The order is normalize(params, mean, var, x); jaxbn.init returns params"
+    check_kind("params", params, BatchNormParams, order)
     x = check_input(x)
     axes = check_axis(axis, x.ndim)
     params = check_params(params, x, axes)
@@ -91,7 +89,11 @@ def normalize(
     autodiff = check_autodiff(autodiff)
     with explain_forward_mode():
         return normalize_by(
-            *(params, mean, var, name_input(x, autodiff), check_epsilon(epsilon)),
+            params,
+            mean,
+            var,
+            name_input(x, autodiff),
+            check_epsilon(epsilon),
             axis=axes,
             dtype=check_output_dtype(dtype, x.dtype),
             autodiff=autodiff,
@@ -114,7 +116,12 @@ def normalize_by(
     acc_dtype = accumulation_dtype(x.dtype, mean.dtype, real_dtype(dtype))
     mean, var = (expand_like(v, axis, x) for v in (mean, var))
     return normalize_expanded(
-        *(params, mean, var, x.astype(acc_dtype), x, epsilon),
+        params,
+        mean,
+        var,
+        x.astype(acc_dtype),
+        x,
+        epsilon,
         axis=axis,
         dtype=dtype,
         closed_form=uses_closed_form(autodiff, x),
@@ -167,7 +174,9 @@ def _formula(
     return ((x.astype(mean.dtype) - mean) * factor + bias).astype(dtype)
 
 
-def inverse_std(var: Float[Array, ...], epsilon: ArrayLike) -> Float[Array, ...]:
+def inverse_std(
+    var: Float[Array, "*stats"], epsilon: ArrayLike
+) -> Float[Array, "*stats"]:
     """Return (σ² + ε)^(-1/2): 0 where the sum is 0, for y = bias there; NaN below."""
     variance = var + epsilon
     # Not rsqrt: its derivative has (σ² + ε)^(-3/2), which underflows for σ of 1e15.

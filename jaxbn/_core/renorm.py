@@ -37,7 +37,7 @@ def batch_renorm(
     axis_index_groups: Sequence[Sequence[int]] | None = None,
     dtype: DTypeLike | None = None,
     autodiff: Autodiff = "custom_vjp",
-) -> tuple[Inexact[Array, ...], BatchNormState]:
+) -> tuple[Inexact[Array, "*x"], BatchNormState]:
     """Normalize `x` by its batch, corrected towards the running statistics.
 
         y = ((x - μ_B) / σ_B · r + d) · scale + bias
@@ -77,7 +77,10 @@ def batch_renorm(
            [3., 8.]], dtype=float32)
     """
     arguments, options = check_arguments(
-        *(params, state, x, train),
+        params,
+        state,
+        x,
+        train,
         axis=axis,
         momentum=momentum,
         epsilon=epsilon,
@@ -139,7 +142,9 @@ def _clip(v: Array, lower: Array, upper: Array) -> Array:
     return jnp.where(v < lower, lower, jnp.where(v > upper, upper, v))
 
 
-def _clip_modulus(d: Inexact[Array, ...], limit: Array) -> Inexact[Array, ...]:
+def _clip_modulus(
+    d: Inexact[Array, "*features"], limit: Array
+) -> Inexact[Array, "*features"]:
     if not jnp.iscomplexobj(d):
         return _clip(d, -limit, limit)
     size = jnp.abs(d)

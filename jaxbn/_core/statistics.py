@@ -102,7 +102,9 @@ def _batch_statistics(
 ) -> BatchStatistics:
     closed_form = uses_closed_form(autodiff, x)
     batch = moments_of_all(
-        *(x.astype(accumulation_dtype(x.dtype)), x, mask),
+        x.astype(accumulation_dtype(x.dtype)),
+        x,
+        mask,
         axes=reduction_axes(axis, x.ndim),
         axis_name=axis_name,
         groups=groups,

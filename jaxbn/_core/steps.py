@@ -24,7 +24,11 @@ def infer(arguments: Arguments, options: StaticOptions) -> Array:
     params, state, x, _, _, epsilon = arguments
     with explain_transformations(options):
         return normalize_by(
-            *(params, state.mean, state.var, x, epsilon),
+            params,
+            state.mean,
+            state.var,
+            x,
+            epsilon,
             axis=options.axis,
             dtype=options.dtype,
             autodiff=options.autodiff,
@@ -57,7 +61,9 @@ def batch_moments(
     """
     mean, var = (expand_like(v, options.axis, x) for v in (state.mean, state.var))
     batch = moments_of_all(
-        *(x_acc, x, mask),
+        x_acc,
+        x,
+        mask,
         axes=reduction_axes(options.axis, x.ndim),
         axis_name=options.axis_name,
         groups=options.axis_index_groups,
@@ -90,7 +96,12 @@ def normalize_batch(
 ) -> Inexact[Array, "*x"]:
     """Return y by statistics of x's rank."""
     return normalize_expanded(
-        *(params, mean, var, x_acc, x, epsilon),
+        params,
+        mean,
+        var,
+        x_acc,
+        x,
+        epsilon,
         axis=options.axis,
         dtype=options.dtype,
         closed_form=uses_closed_form(options.autodiff, x),

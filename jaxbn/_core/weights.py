@@ -78,7 +78,9 @@ def make_weights(
         return Weights(mask, n, n)
     w, is_largest, scale = split_scale(mask, axes)
     total, squares, pairs = sums_of_weights(
-        *(w.astype(real_dtype(dtype)), is_largest, jnp.ones((), real_dtype(dtype))),
+        w.astype(real_dtype(dtype)),
+        is_largest,
+        jnp.ones((), real_dtype(dtype)),
         sums=lambda *terms: [sum_over(term, axes) for term in terms],
     )
     # Each weight counts `copies` times: as many pairs of copies of its own.

@@ -174,7 +174,10 @@ def _batch_renorm(
     **options: Any,  # those of `call_batch_norm`
 ) -> tuple[Array, BatchNormState]:
     return batch_renorm(
-        *(params, state, x, train),
+        params,
+        state,
+        x,
+        train,
         r_max=_limit_at_step(r_max, state),
         d_max=_limit_at_step(d_max, state),
         **options,

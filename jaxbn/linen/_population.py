@@ -104,9 +104,8 @@ def population(
     old = {name: _statistics(flat, path) for name, path in paths.items()}
     selected = tuple(paths[name] for name in select_layers(paths, layers))
     # Bound methods are hashed by the identity of their object: any model will do.
-    measure = partial(
-        *(_measure, model.apply, call, selected, variables, _make_streams(rngs))
-    )
+    streams = _make_streams(rngs)
+    measure = partial(_measure, model.apply, call, selected, variables, streams)
     totals = accumulate(measure, batches, max_batches, progress, skip_nonfinite)
     for name, new in new_statistics(totals, old, variance).items():
         flat |= {(*paths[name], key): value for key, value in new.items()}

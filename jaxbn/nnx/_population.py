@@ -123,9 +123,8 @@ def _make_measure(
         nonlocal counts
         # From the host, as in the first batch: a sharded batch would commit them to
         # its devices, and the second batch would be compiled anew.
-        accumulators, counts = _measure(
-            *(call, selected, graphdef, state, jax.device_get(counts), batch)
-        )
+        start = jax.device_get(counts)
+        accumulators, counts = _measure(call, selected, graphdef, state, start, batch)
         return accumulators
 
     return measure
