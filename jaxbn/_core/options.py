@@ -7,6 +7,7 @@ from typing import Literal, NamedTuple, get_args
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jax.core import Tracer
 from jax.errors import ConcretizationTypeError
 from jax.typing import ArrayLike, DTypeLike
 
@@ -117,7 +118,9 @@ def _check_scalar(name: str, value: ArrayLike) -> float | Array:
 
 def check_unbiased(unbiased: bool) -> bool:
     """Return `unbiased` as a Python bool."""
-    if isinstance(unbiased, bool | np.bool_):
+    is_array = isinstance(unbiased, Array | np.ndarray | np.bool_)
+    is_known = is_array and not isinstance(unbiased, Tracer)
+    if isinstance(unbiased, bool) or (is_known and unbiased.dtype == bool):
         return bool(unbiased)
     raise TypeError(
         f"unbiased must be a Python bool, known while tracing; got {unbiased!r}. "

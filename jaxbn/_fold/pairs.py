@@ -34,7 +34,7 @@ class Trace(NamedTuple):
     """The calls of all layers and batch norms by path, and the variables they read.
 
     `plain` has the plain layer for each call of a layer. `variables` has the number of
-    each weight among the model's variables, which have these `dtypes`.
+    each weight among the model's variables, and `dtypes` its dtype.
     """
 
     flow: Dataflow
@@ -42,7 +42,7 @@ class Trace(NamedTuple):
     norms: Mapping[str, Collection[Norm]]
     plain: Mapping[str, Sequence[PlainCall]]
     variables: Mapping[Mark, int]
-    dtypes: list[np.dtype]
+    dtypes: Mapping[int, np.dtype]
 
 
 class Fold(NamedTuple):

@@ -68,13 +68,14 @@ def trace_model(
     # `replace_batch_norm` then passes each call on.
     with measuring(True), _recording(recorder, of_nnx), skip_in_trace():
         program, state = trace_call(apply, leaves, args, kwargs)
+    known = _weights_by_path(paths)
     trace = Trace(
         read_dataflow(program, paths, state),
         recorder.layers,
         recorder.norms,
         recorder.plain,
-        _weights_by_path(paths),
-        [np.dtype(leaf.dtype) for leaf in leaves],
+        known,
+        {leaf: np.dtype(leaves[leaf].dtype) for leaf in known.values()},
     )
     return trace, of_nnx
 

@@ -56,13 +56,14 @@ def trace_model(
         return copy(*args, **kwargs), nnx.state(copy, graph=True)
 
     program, stored = trace_call(call, leaves, args, kwargs)
+    known = _weights_by_path(model, paths)
     return Trace(
         read_dataflow(program, paths, stored),
         recorder.layers,
         recorder.norms,
         recorder.plain,
-        _weights_by_path(model, paths),
-        [np.dtype(leaf.dtype) for leaf in leaves],
+        known,
+        {leaf: np.dtype(leaves[leaf].dtype) for leaf in known.values()},
     )
 
 

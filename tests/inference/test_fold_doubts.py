@@ -739,3 +739,42 @@ def test_fold_takes_two_norms_of_one_layer_of_one_dtype(rng):
     left, reasons = fold_linen(rng, nn.Sequential(mixed), x, 2e-2)
     assert left == 1
     assert "includes a batch norm of another dtype" in reasons
+
+
+def test_models_with_random_streams_fold(rng):
+    """The keys of a stream are variables without a dtype of NumPy."""
+
+    class Model(nnx.Module):
+        def __init__(self, rngs: nnx.Rngs):
+            self.linear = nnx.Linear(3, 4, rngs=rngs)
+            self.norm = nnx.BatchNorm(4, use_running_average=True, rngs=rngs)
+            self.dropout = nnx.Dropout(0.5, deterministic=True, rngs=rngs)
+
+        def __call__(self, x):
+            return self.dropout(self.norm(self.linear(x)))
+
+    model, x = Model(nnx.Rngs(0)), normal(rng, 5, 3)
+    model.norm.var.set_value(jnp.asarray(rng.uniform(0.5, 2, size=4), F32))
+    folded = jaxbn.nnx.fold(model, x)
+    assert type(folded.norm).__name__ == "FoldedBatchNorm"
+    assert_near(folded(x), model(x))
+
+
+def test_variables_of_other_kinds_stay_as_they_are(rng):
+    """Keys and Python's numbers, in collections of the user's own."""
+
+    class Model(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            self.variable("own", "key", lambda: jax.random.key(0))
+            return nn.BatchNorm(True)(nn.Dense(4)(x))
+
+    x = normal(rng, 5, 3)
+    variables: Any = Model().init(jax.random.key(1), x)
+    stats = randomize(rng, variables["batch_stats"])
+    variables |= {"batch_stats": stats, "own": variables["own"] | {"number": 2.0}}
+    folded = jaxbn.linen.fold(Model(), variables, x)
+    with skip_folded():
+        y = Model().apply(folded, x)
+    assert_near(y, Model().apply(variables, x))
+    assert folded["own"] == variables["own"]

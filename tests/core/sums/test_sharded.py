@@ -13,6 +13,7 @@ It returns less than 36. `every_kth` takes such a row without a stride.
 `pytest tests/core/sums/test_sharded.py --every-row` takes all rows from 1 to 64.
 """
 
+import itertools
 from contextlib import nullcontext
 from functools import reduce
 
@@ -165,18 +166,27 @@ TABLE = [
 ]
 
 
-@pytest.mark.parametrize(("form", "sizes", "kinds"), TABLE, ids=str)
-def test_steps_match_oracle(form, sizes, kinds, rng, request):
-    every_row = request.config.getoption("--every-row")
+def draw_axes_and_rows(rng, form, sizes):
+    """Return axes and numbers of rows: all axes in the form of a CPU, the test's."""
+    axes = range(4) if form == "cpu" else rng.permutation(4)[:2]
+    return [(int(axis), draw_rows(rng, max(sizes))) for axis in axes]
+
+
+@pytest.mark.parametrize(("form", "sizes", "kind"), TABLE, ids=str)
+def test_steps_match_oracle(form, sizes, kind, rng):
+    mesh, feature = make_mesh(sizes, KINDS[kind]), int(rng.choice([1, 3]))
     with forced_form(form):
-        for kind in KINDS if every_row and len(sizes) == 2 else [kinds]:
-            mesh = make_mesh(sizes, KINDS[kind])
-            for feature in (3, 1) if every_row else (rng.choice([1, 3]),):
-                drawn = [draw_rows(rng, max(sizes)) for _ in range(4)]
-                for group in np.arange(1, 65).reshape(16, 4) if every_row else [drawn]:
-                    axes_and_rows = (
-                        [(axis, rows) for axis in range(4) for rows in group]
-                        if every_row
-                        else [*enumerate(group)]
-                    )
-                    check_steps(rng, mesh, sizes, int(feature), axes_and_rows)
+        check_steps(rng, mesh, sizes, feature, draw_axes_and_rows(rng, form, sizes))
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_every_row_matches_oracle(form, rng, request):
+    if not request.config.getoption("--every-row"):
+        pytest.skip("takes hours; see --every-row")
+    meshes = [make_mesh(sizes, KINDS[kind]) for sizes in MESHES for kind in KINDS]
+    with forced_form(form):
+        for mesh, feature in itertools.product(meshes, (3, 1)):
+            sizes = tuple(mesh.shape.values())
+            for axis, start in itertools.product(range(4), range(1, 65, 16)):
+                rows = range(start, start + 16)
+                check_steps(rng, mesh, sizes, feature, [(axis, n) for n in rows])
