@@ -1,5 +1,6 @@
 """The checks of the arguments that batch norm and its variants share."""
 
+import logging
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
@@ -107,15 +108,24 @@ def warn_single_elements(x: Array, options: StaticOptions, group: int | None) ->
         lengths[:1] = [group]
     alone = all(isinstance(length, int) and length == 1 for length in lengths)
     if alone and options.axis_name is None and not _initializing.get():
-        warnings.warn(
+        _hint(
             "batch_norm with train=True needs more than one element of each feature, "
             f"or y is the bias, whatever x is; got x {x.shape} with axis={options.axis}"
             f" and virtual_batch_size={group}. Pass the whole batch: not under vmap, "
             "or there with axis_name=. For one example pass train=False "
-            "(use_running_average=True to a layer).",
-            UserWarning,
-            _stacklevel_of_user(),
+            "(use_running_average=True to a layer)."
         )
+
+
+def _hint(text: str) -> None:
+    """Warn, or log the text where a filter makes warnings errors.
+
+    y is right: what trains with Flax's layers trains with ours, under any filter.
+    """
+    try:
+        warnings.warn(text, UserWarning, _stacklevel_of_user())
+    except UserWarning:
+        logging.getLogger("jaxbn").warning(text)
 
 
 LIBRARIES = ("jaxbn", "flax", "jax", "contextlib")

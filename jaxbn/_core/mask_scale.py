@@ -55,35 +55,30 @@ def as_wide(mask: Float[Array, "..."]) -> Float[Array, "..."]:
 def _largest_exponent(mask: Float[Array, "*#x"], axes: Axes) -> Int[Array, "*#stats"]:
     """Return e for the largest |w| of each feature: 2^e ≤ |w| < 2^(e+1).
 
-    It is the smallest exponent for a denormal number or 0, the largest for inf or NaN.
+    It is the smallest exponent for a denormal number or 0, and less than the largest
+    by 1 at the most: the power of the negative exponent is no denormal number.
     """
     info = jnp.finfo(mask.dtype)
     # Non-negative floating-point numbers have the order of their bits.
     bits = jnp.max(_bits(mask) & _MAGNITUDE[info.bits], axes, keepdims=True, initial=0)
-    biased = jnp.maximum(bits >> info.nmant, 1)
-    return biased.astype(jnp.int32) + (int(info.minexp) - 1)
+    smallest = int(info.minexp)
+    exponent = (bits >> info.nmant).astype(jnp.int32) + (smallest - 1)
+    return jnp.clip(exponent, smallest, -smallest)
 
 
 def _divide_by_power(
     mask: Float[Array, "*#x"], exponent: Int[Array, "*#stats"]
 ) -> Float[Array, "*#x"]:
-    """Return w / 2^e, exactly unless it is a denormal number."""
+    """Return w / 2^e, exactly where it is not small beside the largest."""
     info = jnp.finfo(mask.dtype)
     bits = _bits(mask)
     size = bits & _MAGNITUDE[info.bits]
     mantissa = jnp.where(bits < 0, -size, size).astype(mask.dtype)
     # A denormal number is its mantissa times the smallest one, 2^(minexp - nmant).
-    denormal = _multiply_by_power(mantissa, int(info.minexp) - info.nmant - exponent)
-    normal = _multiply_by_power(mask, -exponent)
+    unit = int(info.minexp) - info.nmant
+    denormal = mantissa * power_of_2(unit - exponent, mask.dtype)
+    normal = mask * power_of_2(-exponent, mask.dtype)
     return jnp.where(size < 1 << info.nmant, denormal, normal)
-
-
-def _multiply_by_power(
-    x: Float[Array, "..."], exponent: Int[Array, "..."]
-) -> Float[Array, "..."]:
-    """Return x · 2^e in two steps, since 2^e itself can be a denormal number."""
-    half = exponent // 2
-    return x * power_of_2(half, x.dtype) * power_of_2(exponent - half, x.dtype)
 
 
 def power_of_2(exponent: Int[Array, "..."], dtype: DTypeLike) -> Float[Array, "..."]:

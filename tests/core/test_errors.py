@@ -278,10 +278,19 @@ def test_single_elements_warn(name):
     assert len(record) == 1
 
 
-@pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize("name", SEVERAL_CALLS)
-def test_several_elements_do_not_warn(name):
+def test_several_elements_do_not_warn(name, caplog):
+    """Warnings are errors in these tests: then it would be logged."""
     SEVERAL_CALLS[name](jnp.arange(12.0).reshape(4, 3), train_on)
+    assert not caplog.records
+
+
+@pytest.mark.filterwarnings("error")
+def test_single_elements_stop_no_program(caplog):
+    y = train_on(jnp.ones((1, 3)))
+    np.testing.assert_array_equal(y, np.zeros((1, 3)))
+    assert [record.name for record in caplog.records] == ["jaxbn"]
+    assert "more than one element of each feature" in caplog.text
 
 
 def test_batch_axis_is_not_proposed_for_features():

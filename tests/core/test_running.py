@@ -48,8 +48,11 @@ SPECS = [(P("model"), P("data")), (P("model"), P()), (P(), P("data"))]
 
 
 @pytest.mark.parametrize(("of_mean", "of_var"), SPECS, ids=str)
+@pytest.mark.parametrize("of_x", [P("data"), P(None, None, "model")], ids=str)
 @pytest.mark.parametrize("jit", [True, False])
-def test_mean_and_var_may_lie_on_different_explicit_axes(of_mean, of_var, jit, rng):
+def test_mean_and_var_may_lie_on_different_explicit_axes(
+    of_mean, of_var, of_x, jit, rng
+):
     x, state, (params, _) = random_x(rng), random_state(rng), jaxbn.init(C)
     explicit = mesh(AxisType.Explicit)
 
@@ -65,7 +68,7 @@ def test_mean_and_var_may_lie_on_different_explicit_axes(of_mean, of_var, jit, r
                 mean=place(state.mean, of_mean), var=place(state.var, of_var)
             )
             run = partial(step, function)
-            actual = (jax.jit(run) if jit else run)(place(x, P("data")), placed)
+            actual = (jax.jit(run) if jit else run)(place(x, of_x), placed)
             assert jax.typeof(actual[1].mean).sharding.spec[0] == (*of_mean, None)[0]
             assert jax.typeof(actual[1].var).sharding.spec[0] == (*of_var, None)[0]
         assert_near(actual, expected, 1e-6)
