@@ -66,7 +66,7 @@ def describe_norm(layer: Layer, x: ArrayLike, train: bool) -> Norm:
 
 def trace_call(
     call: Callable[..., PyTree],
-    variables: Sequence[Array],
+    variables: Sequence[ArrayLike],
     args: tuple[PyTree, ...],
     kwargs: Mapping[str, PyTree],
 ) -> tuple[Jaxpr, list[Path]]:
