@@ -116,11 +116,20 @@ def _check_scalar(name: str, value: ArrayLike) -> float | Array:
     )
 
 
+def is_known_bool(value: object) -> bool:
+    """Decide whether a value is a bool of Python, NumPy or JAX that is not traced."""
+    if isinstance(value, bool):
+        return True
+    if isinstance(value, Tracer) or not isinstance(
+        value, np.bool_ | np.ndarray | Array
+    ):
+        return False
+    return value.shape == () and value.dtype == bool
+
+
 def check_unbiased(unbiased: bool) -> bool:
     """Return `unbiased` as a Python bool."""
-    is_array = isinstance(unbiased, Array | np.ndarray | np.bool_)
-    is_known = is_array and not isinstance(unbiased, Tracer)
-    if isinstance(unbiased, bool) or (is_known and unbiased.dtype == bool):
+    if is_known_bool(unbiased):
         return bool(unbiased)
     raise TypeError(
         f"unbiased must be a Python bool, known while tracing; got {unbiased!r}. "

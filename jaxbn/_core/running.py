@@ -13,7 +13,7 @@ from .moments import Moments
 from .options import check_momentum, check_unbiased
 from .sharding import shard_like, unchecked_axes, varying_axes
 from .statistics import BatchStatistics
-from .sync import AxisName
+from .sync import AxisName, names_of
 from .variables import BatchNormState, check_kind
 from .weights import bessel_correction
 
@@ -100,7 +100,7 @@ def update(
         is_new &= _fits(batch.mean, state.mean) & _fits(new_var, state.var)
         if batch_weight is None:
             batch_weight = 1 / (state.count.astype(batch.var.dtype) + 1)
-        grows = any_feature(is_new, state, axis_name)
+        grows = _any_feature(is_new, state, axis_name)
         return BatchNormState(
             mean=_mix(state.mean, batch.mean, batch_weight, is_new),
             var=_mix(state.var, new_var, batch_weight, is_new),
@@ -148,7 +148,7 @@ def _mix(
     return jnp.where(is_new & jnp.isfinite(mixed), mixed, running)
 
 
-def any_feature(
+def _any_feature(
     is_new: Bool[Array, "*features"], state: BatchNormState, axis_name: AxisName | None
 ) -> Bool[Array, ""]:
     """Decide whether the batch updates any feature, of all devices that share them.
@@ -158,6 +158,6 @@ def any_feature(
     names = varying_axes(is_new) & varying_axes(state.mean)
     names -= varying_axes(state.count)
     if axis_name is not None:
-        names |= unchecked_axes() - {axis_name, *axis_name}
+        names |= unchecked_axes().difference(names_of(axis_name))
     grows = jnp.any(is_new)
     return lax.pmax(grows, tuple(names)) if names else grows

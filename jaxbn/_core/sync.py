@@ -38,6 +38,13 @@ def check_axis_name(axis_name: str | Sequence[str] | None) -> AxisName | None:
     return tuple(axis_name)
 
 
+def names_of(axis_name: str | Sequence[str] | None) -> tuple[str, ...]:
+    """Return the names of mapped axes: none, one or several."""
+    if axis_name is None:
+        return ()
+    return (axis_name,) if isinstance(axis_name, str) else tuple(axis_name)
+
+
 def check_groups(
     groups: Sequence[Sequence[int]] | np.ndarray | None,
     axis_name: str | Sequence[str] | None,
@@ -78,9 +85,8 @@ def check_partition(groups: Groups, size: int) -> None:
 
 def _check_vmapped_names(axis_name: AxisName) -> None:
     """Check that JAX can sum over the axes: its check of mesh axes knows no other."""
-    names = (axis_name,) if isinstance(axis_name, str) else axis_name
     checked = checked_axes()
-    others = [name for name in names if checked and name not in checked]
+    others = [n for n in names_of(axis_name) if checked and n not in checked]
     if others:
         raise ValueError(
             "axis_name must name mesh axes inside shard_map(check_vma=True), where JAX "

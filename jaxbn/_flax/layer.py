@@ -5,19 +5,18 @@ The layers keep their variables and metadata as Flax does, and call here.
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, Protocol, TypeGuard, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
-from jax.core import Tracer
 from jax.typing import ArrayLike, DTypeLike
 
 from .._core.axes import Axes, check_axis
 from .._core.dtypes import accumulation_dtype, as_array
-from .._core.options import Autodiff
+from .._core.options import Autodiff, is_known_bool
 from .._core.renorm import batch_renorm
-from .._core.sync import Groups, check_groups
+from .._core.sync import Groups, check_groups, names_of
 from .._core.variables import AnyParams, BatchNormState
 
 AxisNames = str | Sequence[str]
@@ -110,20 +109,13 @@ def ascending_axes(axis: int | Sequence[int], ndim: int) -> Axes:
 
 def check_flag(name: str, value: object) -> bool:
     """Return an option of a layer, or of its call, as a Python bool."""
-    if isinstance(value, bool):
-        return value
-    if _is_known_array(value) and value.dtype == bool and value.shape == ():
-        return bool(value)  # as in Flax
+    if is_known_bool(value):
+        return bool(value)
     raise TypeError(
         f"{name} must be a Python bool, known while tracing; got {value!r}. Linen's "
         "layers have no num_features: they read it off x. Under jit mark the "
         "argument static: jax.jit(f, static_argnames='train')."
     )
-
-
-def _is_known_array(value: object) -> TypeGuard[Array]:
-    is_array = isinstance(value, Array | np.ndarray | np.bool_)
-    return is_array and not isinstance(value, Tracer)
 
 
 def as_inexact(x: ArrayLike) -> Array:
@@ -193,8 +185,7 @@ def _limit_at_step(limit: Limit, state: BatchNormState) -> ArrayLike:
 
 def mapped_names(axis_name: AxisNames | None) -> tuple[str, ...] | None:
     """Return the names that are mapped here, for instance by a `vmap` in the model."""
-    names = (axis_name,) if isinstance(axis_name, str) else tuple(axis_name or ())
-    return tuple(filter(_is_mapped, names)) or None
+    return tuple(filter(_is_mapped, names_of(axis_name))) or None
 
 
 def _is_mapped(name: str) -> bool:

@@ -14,7 +14,7 @@ import jaxbn
 
 P = jax.P
 C, SHAPE = 6, (8, 4, 6)
-AXES = ("data", "model")
+AXES = ("data", "t")  # the second is a letter of the first
 
 
 def mesh(kind):
@@ -44,11 +44,11 @@ def test_half_precision_state_takes_no_mean_beyond_its_range(momentum, rng):
     assert new.count == 1
 
 
-SPECS = [(P("model"), P("data")), (P("model"), P()), (P(), P("data"))]
+SPECS = [(P("t"), P("data")), (P("t"), P()), (P(), P("data"))]
 
 
 @pytest.mark.parametrize(("of_mean", "of_var"), SPECS, ids=str)
-@pytest.mark.parametrize("of_x", [P("data"), P(None, None, "model")], ids=str)
+@pytest.mark.parametrize("of_x", [P("data"), P(None, None, "t")], ids=str)
 @pytest.mark.parametrize("jit", [True, False])
 def test_mean_and_var_may_lie_on_different_explicit_axes(
     of_mean, of_var, of_x, jit, rng
@@ -74,7 +74,7 @@ def test_mean_and_var_may_lie_on_different_explicit_axes(
         assert_near(actual, expected, 1e-6)
 
 
-STATE_SPEC = jaxbn.BatchNormState._make((P("model"), P("model"), P()))
+STATE_SPEC = jaxbn.BatchNormState._make((P("t"), P("t"), P()))
 
 
 @pytest.mark.parametrize("check_vma", [True, False])
@@ -90,8 +90,8 @@ def test_devices_that_divide_the_features_count_alike(check_vma, masked, functio
     @partial(
         jax.shard_map,
         mesh=mesh(AxisType.Auto),
-        in_specs=(P("model"), STATE_SPEC, *[P("data", None, "model")] * 2),
-        out_specs=(P("data", None, "model"), STATE_SPEC),
+        in_specs=(P("t"), STATE_SPEC, *[P("data", None, "t")] * 2),
+        out_specs=(P("data", None, "t"), STATE_SPEC),
         check_vma=check_vma,
     )
     def step(params, state, x, mask):
