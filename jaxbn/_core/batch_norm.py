@@ -14,14 +14,10 @@ from jax import Array
 from jax.typing import ArrayLike, DTypeLike
 from jaxtyping import Inexact
 
-from .arguments import (
-    Arguments,
-    check_arguments,
-    explain_transformations,
-    warn_single_elements,
-)
+from .arguments import Arguments, check_arguments, explain_transformations
 from .options import StaticOptions
 from .running import update
+from .single_elements import warn_single_elements
 from .steps import batch_moments, in_accumulation_dtype, infer, normalize_batch
 from .variables import AnyParams, BatchNormState
 from .virtual_batches import check_virtual_batch_size, train_by_virtual_batches

@@ -111,8 +111,7 @@ def _train(
     mean_used, var_used = (squeeze_features(v, options.axis) for v in (mean, var))
     r, d = _correction(mean_used, var_used, state, epsilon, r_max, d_max)
     params = _corrected(params, r, d)
-    names = options.axis_name
-    new_state = update(state, batch, batch_weight, options.unbiased, names)
+    new_state = update(state, batch, batch_weight, options.unbiased, options.axis_name)
     return normalize_batch(params, mean, var, x_acc, x, epsilon, options), new_state
 
 

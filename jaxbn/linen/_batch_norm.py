@@ -14,8 +14,8 @@ from flax.linen.dtypes import canonicalize_dtype
 from flax.typing import Initializer
 from jax.typing import ArrayLike
 
-from .._core.arguments import initialization
 from .._core.batch_norm import batch_norm
+from .._core.single_elements import initialization
 from .._core.variables import AnyParams, BatchNormParams
 from .._flax.layer import (
     AxisNames,

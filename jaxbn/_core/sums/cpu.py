@@ -27,7 +27,7 @@ MIN_RUN, MAX_RUN = 4, 20  # shorter runs write many sums, longer ones compile sl
 MAX_DEVICES = 16
 
 
-def is_large(x: Array) -> bool:
+def _is_large(x: Array) -> bool:
     """Decide whether the CPU's forms pay; a symbolic size counts as large."""
     return not isinstance(x.size, int) or x.size >= MIN_SIZE_FOR_CPU_FORMS
 
@@ -36,17 +36,17 @@ def shifted_sums(
     x: Array, weights: Weights | None, axes: Axes, dtype: DTypeLike
 ) -> tuple[Array, Array, Array]:
     """Return `plain_shifted_sums` by the form for the size of x."""
-    form = sums_unshifted_if_safe if is_large(x) else sums_shifted_by_mean
+    form = _sums_unshifted_if_safe if _is_large(x) else _sums_shifted_by_mean
     return form(x, weights, axes, dtype)
 
 
 def product_sums(dy: Array, x: Array, mean: Array, axes: Axes) -> Pair:
     """Return Σ dy and Σ dy·(x - μ) by the form for the size of x."""
-    form = products_by_runs if is_large(x) else sums_with_products
+    form = _products_by_runs if _is_large(x) else sums_with_products
     return form(dy, x, mean, axes)
 
 
-def sums_unshifted_if_safe(
+def _sums_unshifted_if_safe(
     x: Array, weights: Weights | None, axes: Axes, dtype: DTypeLike
 ) -> tuple[Array, Array, Array]:
     """Return `shifted_sums` for s = 0 if they do not cancel, else for the mean."""
@@ -79,7 +79,7 @@ def _sums_about_zero(
     return total, sum_over_runs(weighted_squares, axes, x_copy, weights)
 
 
-def sums_shifted_by_mean(
+def _sums_shifted_by_mean(
     x: Array, weights: Weights | None, axes: Axes, dtype: DTypeLike
 ) -> tuple[Array, Array, Array]:
     """Return `shifted_sums` for the mean, from a pass of its own."""
@@ -88,7 +88,7 @@ def sums_shifted_by_mean(
     return mean, *sums_shifted_by(mean, x, weights, axes, dtype)
 
 
-def products_by_runs(dy: Array, x: Array, mean: Array, axes: Axes) -> Pair:
+def _products_by_runs(dy: Array, x: Array, mean: Array, axes: Axes) -> Pair:
     """Return Σ dy and Σ dy·(x - μ), the latter first over runs of rows."""
     dy, dy_copy = _prevent_cse(dy)
     total = sum_over(dy.astype(mean.dtype), axes)
@@ -105,7 +105,7 @@ def materialize_on_cpu(x: Array, *vectors: Array) -> tuple[Array, ...]:
 
     XLA:CPU repeats a computation that it fuses with a broadcast for every element.
     """
-    if not is_large(x):
+    if not _is_large(x):
         return vectors
     return lax.platform_dependent(
         *vectors, cpu=lambda *v: lax.optimization_barrier(v), default=lambda *v: v
