@@ -1,9 +1,12 @@
-"""Compare trees of arrays, jaxbn's with Flax's, and differentiate all inputs."""
+"""Randomize models, compare trees of arrays, and differentiate all inputs."""
+
+import warnings
 
 import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 from helpers import assert_near
 
 
@@ -12,6 +15,19 @@ def randomize(rng, tree):
     return jax.tree.map(
         lambda a: jnp.asarray(rng.uniform(0.5, 1.5, a.shape), a.dtype), tree
     )
+
+
+def randomize_for_inference(rng, model):
+    """Randomize the parameters and statistics of an nnx model, in place."""
+    nnx.update(model, randomize(rng, nnx.state(model, (nnx.Param, nnx.BatchStat))))
+    model.eval()
+
+
+def with_warnings(function, *args, **kwargs):
+    """Call a function, and return its result and its warnings."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        return function(*args, **kwargs), caught
 
 
 def everything(step, *arguments):

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from flax import linen as nn
 from flax import nnx
-from flax_helpers import assert_same, randomize
+from flax_helpers import assert_same, randomize, randomize_for_inference, with_warnings
 from helpers import assert_near
 from jax import lax
 from jax.sharding import AxisType, Mesh, NamedSharding
@@ -32,9 +32,7 @@ def linen_case(rng, model, *shape, dtype=jnp.float32):
 
 def fold_linen(model, variables, x, **kwargs):
     """Fold, compare the outputs, and return the variables and the reasons."""
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        folded = jaxbn.linen.fold(model, variables, x, **kwargs)
+    folded, caught = with_warnings(jaxbn.linen.fold, model, variables, x, **kwargs)
     kwargs.pop("pairs", None)
     expected = jax.jit(lambda v: model.apply(v, x, **kwargs))(variables)
     with skip_folded():
@@ -45,13 +43,10 @@ def fold_linen(model, variables, x, **kwargs):
 
 
 def fold_nnx(rng, model, *shape):
-    nnx.update(model, randomize(rng, nnx.state(model, (nnx.Param, nnx.BatchStat))))
-    model.eval()
+    randomize_for_inference(rng, model)
     x = jnp.asarray(rng.normal(size=shape), jnp.float32)
     expected = nnx.jit(lambda model: model(x))(model)
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        folded = jaxbn.nnx.fold(model, x)
+    folded, caught = with_warnings(jaxbn.nnx.fold, model, x)
     assert_near(nnx.jit(lambda model: model(x))(folded), expected, 1e-5)
     return folded, "\n".join(str(w.message) for w in caught)
 

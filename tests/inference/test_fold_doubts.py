@@ -1,6 +1,5 @@
 """Folding leaves a pair of which it cannot be sure, and gives the model's own dtype."""
 
-import warnings
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,7 +9,7 @@ import numpy as np
 import pytest
 from flax import linen as nn
 from flax import nnx
-from flax_helpers import assert_same, randomize
+from flax_helpers import assert_same, randomize, randomize_for_inference, with_warnings
 from helpers import assert_near
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
@@ -37,9 +36,7 @@ def fold_linen(rng, model, x, tolerance=1e-5):
     shapes = jax.eval_shape(model.init, jax.random.key(0), x)
     variables = randomize(rng, shapes)
     before = jax.tree.map(jnp.copy, variables)
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        folded = jaxbn.linen.fold(model, variables, x)
+    folded, caught = with_warnings(jaxbn.linen.fold, model, variables, x)
     assert_same(variables, before, 0)
     expected = model.apply(variables, x)
     with skip_folded():
@@ -50,12 +47,9 @@ def fold_linen(rng, model, x, tolerance=1e-5):
 
 
 def fold_nnx(rng, model, x, tolerance=1e-5):
-    nnx.update(model, randomize(rng, nnx.state(model, (nnx.Param, nnx.BatchStat))))
-    model.eval()
+    randomize_for_inference(rng, model)
     before = jax.tree.map(jnp.copy, nnx.to_pure_dict(nnx.state(model)))
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        folded = jaxbn.nnx.fold(model, x)
+    folded, caught = with_warnings(jaxbn.nnx.fold, model, x)
     assert_same(nnx.to_pure_dict(nnx.state(model)), before, 0)
     check_output(folded(x), model(x), tolerance)
     nodes = nnx.iter_graph(folded, graph=True)

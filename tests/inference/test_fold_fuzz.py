@@ -6,14 +6,13 @@ More networks are tried by
 
 import re
 import secrets
-import warnings
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from flax_helpers import assert_same
+from flax_helpers import assert_same, randomize_for_inference, with_warnings
 from fold_networks import (
     SHAPE,
     LinenNetwork,
@@ -81,9 +80,7 @@ def fold_linen(rng):
     if not norms:
         return 0, 0
     before = jax.tree.map(jnp.copy, variables)
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        folded = jaxbn.linen.fold(model, variables, x)
+    folded, caught = with_warnings(jaxbn.linen.fold, model, variables, x)
     left = paths_with_var(folded["batch_stats"])
     assert paths_in(caught) == left
     assert_same(variables, before, 0)
@@ -103,12 +100,9 @@ def fold_nnx(rng):
     if not any(step.kind == "norm" for step in steps):
         return 0, 0
     model, x = NNXNetwork(steps, nnx.Rngs(0)), jnp.asarray(rng.normal(size=SHAPE), "f")
-    nnx.update(model, randomize(rng, nnx.state(model, (nnx.Param, nnx.BatchStat))))
-    model.eval()
+    randomize_for_inference(rng, model)
     before = jax.tree.map(jnp.copy, nnx.to_pure_dict(nnx.state(model)))
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        folded = jaxbn.nnx.fold(model, x)
+    folded, caught = with_warnings(jaxbn.nnx.fold, model, x)
     left = paths_with_var(nnx.to_pure_dict(nnx.state(folded)))
     assert paths_in(caught) == left
     assert_same(nnx.to_pure_dict(nnx.state(model)), before, 0)
