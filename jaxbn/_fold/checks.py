@@ -10,6 +10,10 @@ from .._flax.paths import Path, join
 Kind = TypeVar("Kind")
 
 
+class NotFoldableError(ValueError):
+    """The reason why a batch norm cannot be folded."""
+
+
 @contextmanager
 def add_layer_note(layer: str, norm: str) -> Iterator[None]:
     """Add a note to any error that names the two layers: a model has dozens."""

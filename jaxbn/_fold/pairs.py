@@ -1,21 +1,20 @@
 """Which batch norms of a traced model can be folded, into which layers, and why not."""
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import NamedTuple, TypeVar
 
 import numpy as np
 
 from .._core.axes import Axes
 from .._core.dtypes import accumulation_dtype
-from .dataflow import VMAP, Dataflow, Value, Weight
+from .checks import NotFoldableError
 from .linear import Linear
 from .marks import INPUT, OUTPUT, Mark
-from .plain import PlainCall
+from .plain import PlainCall, check_computation
+from .values import Dataflow, Value
+from .weights import StackAxes, find_stacks
 
-LAYER_WEIGHTS = ("kernel", "bias")
-NORM_WEIGHTS = ("scale", "bias", "mean", "var")
 Options = TypeVar("Options")
-Stacks = dict[Mark, int | None]
 
 
 class Norm(NamedTuple):
@@ -58,13 +57,9 @@ class Fold(NamedTuple):
     epsilon: float
     axis: Axes
     input_axis: Axes | None
-    stacks: Stacks
+    stacks: StackAxes
     dtype: np.dtype | None
     returned: np.dtype
-
-
-class NotFoldableError(ValueError):
-    """The reason why a batch norm cannot be folded."""
 
 
 def choose_folds(
@@ -237,8 +232,8 @@ def _folds(
         axis, input_axis = axes(layer, linear)
         _check_options(linear, layer)
         stacks = find_stacks(trace.flow, trace.variables, layer, norm)
-        _check_computation(trace.flow, layer)
-        _check_computation(trace.flow, norm)
+        check_computation(trace.flow, layer)
+        check_computation(trace.flow, norm)
         dtypes = _find_dtypes(trace, layer, norm, stacks, after=input_axis is None)
         epsilon = call.epsilon or 0.0
         folds.append(Fold(layer, norm, epsilon, axis, input_axis, stacks, *dtypes))
@@ -247,17 +242,6 @@ def _folds(
 
 def _sources(values: Iterable[Value]) -> set[str | None]:
     return {value.source for value in values}
-
-
-def _check_computation(flow: Dataflow, path: str) -> None:
-    """Check that the calls compute what the plain layer does with the variables."""
-    if not flow.computed[path] <= flow.plain[path]:
-        raise NotFoldableError(
-            f"{path!r} computes something else than Flax's layer does with its "
-            "variables"
-        )
-    if path in flow.leaking:
-        raise NotFoldableError(f"an array in the call of {path!r} is used outside")
 
 
 def _find_dtypes(
@@ -287,55 +271,3 @@ def _only_dtype(dtypes: Collection[np.dtype], norm: str) -> np.dtype:
         raise NotFoldableError(f"the calls of {norm!r} differ in their dtypes")
     (dtype,) = dtypes
     return dtype
-
-
-def find_stacks(
-    flow: Dataflow, variables: Mapping[Mark, int], layer: str, norm: str
-) -> Stacks:
-    """Return the axis of each weight along which the layers are stacked, if any is."""
-    marks = [Mark(name, layer) for name in LAYER_WEIGHTS]
-    marks += [Mark(name, norm) for name in NORM_WEIGHTS]
-    seen = {mark: flow.weights[mark] for mark in marks if flow.weights[mark]}
-    for mark, weights in seen.items():
-        for weight in weights:
-            _check_weight(flow, variables, mark, weight)
-    stacks = {w.stacks for weights in seen.values() for w in weights}
-    if any(len(stack) > 1 for stack in stacks):
-        raise NotFoldableError(_NESTED.format(layer))
-    loops = {frozenset(_loops(weights)) for weights in seen.values()}
-    axes = {mark: {_axis(w.stacks) for w in weights} for mark, weights in seen.items()}
-    if len(loops) > 1 or any(len(of_weight) > 1 for of_weight in axes.values()):
-        raise NotFoldableError(f"it is not stacked along the same axes as {layer!r}")
-    outputs = [*flow.outputs[layer], *flow.outputs[norm]]
-    if (VMAP,) in next(iter(loops)) and any(y.mapped != 1 for y in outputs):
-        raise NotFoldableError(_NESTED.format(layer))
-    return {mark: axis for mark, (axis,) in axes.items()}
-
-
-_NESTED = "it or {!r} is in nested stacks, which are not folded: one in the other"
-
-
-def _loops(weights: Iterable[Weight]) -> Iterator[tuple[object, ...]]:
-    """Yield the loops, or `VMAP`, that run along the stacks of a weight's calls."""
-    return (tuple(loop for _, loop in weight.stacks) for weight in weights)
-
-
-def _axis(stacks: tuple[tuple[int, object], ...]) -> int | None:
-    return next((axis for axis, _ in stacks), None)
-
-
-def _check_weight(
-    flow: Dataflow, variables: Mapping[Mark, int], mark: Mark, weight: Weight
-) -> None:
-    """Check that a weight is a variable of the model itself."""
-    if weight.leaf is None or weight.leaf != variables.get(mark):
-        raise NotFoldableError(
-            f"the {mark.part} of {mark.path!r} is computed in the call, and not a "
-            "variable of the model itself"
-        )
-    if weight.leaf in flow.elsewhere:
-        raise NotFoldableError(
-            f"the {mark.part} of {mark.path!r} is used outside of its calls"
-        )
-    if weight.seen != tuple(sorted(weight.seen)):
-        raise NotFoldableError(f"the {mark.part} of {mark.path!r} is transposed")

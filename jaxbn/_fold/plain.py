@@ -9,6 +9,9 @@ import numpy as np
 from jax import Array
 from jax.typing import ArrayLike
 
+from .checks import NotFoldableError
+from .values import Dataflow
+
 Weights = Mapping[str, Array]
 
 
@@ -44,3 +47,14 @@ def describe_call(
 
 def _shape(x: ArrayLike) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(jnp.shape(x), jnp.result_type(x))
+
+
+def check_computation(flow: Dataflow, path: str) -> None:
+    """Check that the calls compute what the plain layer does with the variables."""
+    if not flow.computed[path] <= flow.plain[path]:
+        raise NotFoldableError(
+            f"{path!r} computes something else than Flax's layer does with its "
+            "variables"
+        )
+    if path in flow.leaking:
+        raise NotFoldableError(f"an array in the call of {path!r} is used outside")

@@ -16,8 +16,9 @@ from .._fold.checks import (
     warn_unfolded,
 )
 from .._fold.marks import Mark
-from .._fold.pairs import LAYER_WEIGHTS, Fold, check_pairs, choose_folds
+from .._fold.pairs import Fold, check_pairs, choose_folds
 from .._fold.stacks import fold_stacks
+from .._fold.weights import LAYER_WEIGHTS
 from ._trace import trace_model
 from ._tree import Variables, batch_norm_paths, find_path, paths_with, rebuild_like
 

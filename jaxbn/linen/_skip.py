@@ -13,7 +13,7 @@ from jaxtyping import PyTree
 
 from .._core.variables import BatchNormParams, BatchNormState
 from .._flax.paths import join
-from .._fold.pairs import LAYER_WEIGHTS
+from .._fold.weights import LAYER_WEIGHTS
 from ._batch_norm import BatchNorm
 from ._bridge import intercept_bridges
 from ._intercept import NextCall, intercept_calls

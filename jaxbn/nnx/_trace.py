@@ -25,9 +25,10 @@ from .._fold.linear import (
     describe_transposed,
 )
 from .._fold.marks import Mark
-from .._fold.pairs import LAYER_WEIGHTS, NORM_WEIGHTS, Trace
+from .._fold.pairs import Trace
 from .._fold.plain import Weights
 from .._fold.tracing import Recorder, describe_norm, names, trace_call
+from .._fold.weights import LAYER_WEIGHTS, NORM_WEIGHTS
 from ._batch_norm import BatchNorm, check_running_average
 from ._graph import iterate, replace_class
 
